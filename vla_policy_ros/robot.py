@@ -1,0 +1,311 @@
+"""The robot file: what is true of one robot and of a checkpoint's view of it.
+
+One YAML per robot, read by the live node, by bag replay and by training, so that the translation between messages and model
+never exists twice. The schema is strict: an unknown or duplicated key is an error that names the nearest known one, and every
+cross-reference (limits, controllers, action joints) is checked on loading, so that a mistake is found before anything moves.
+
+Enters: a YAML file. Leaves: a validated, immutable `Robot`. Any thread.
+Units are REP-103 (rad, m, s) unless a joint is not an angle, in which case its limits are in the unit its controller expects.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from vla_policy_ros.types import NS_PER_S
+
+PositiveSeconds = Annotated[float, Field(gt=0.0, le=60.0)]
+Name = Annotated[str, Field(pattern=r'^[A-Za-z][A-Za-z0-9_]*$')]
+Topic = Annotated[str, Field(pattern=r'^[~/A-Za-z][A-Za-z0-9_/{}~]*$')]
+JointName = Annotated[str, Field(min_length=1)]
+
+
+class RobotFileError(ValueError):
+    """The robot file cannot be used; the message lists every problem with its place in the file and the remedy."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra='forbid', frozen=True)
+
+
+class Camera(_Section):
+    """One camera that the policy looks through. Give either `camera_info` or a fixed `K` with `width` and `height`; neither
+    means an uncalibrated camera, for which the geometry trunk runs without rays."""
+
+    topic: Topic = Field(description='Image topic.')
+    transport: Literal['raw', 'compressed'] = Field(
+        'raw', description='`raw` is sensor_msgs/Image, `compressed` is sensor_msgs/CompressedImage.'
+    )
+    camera_info: Topic | None = Field(None, description='sensor_msgs/CameraInfo topic with the intrinsics.')
+    K: tuple[float, float, float, float, float, float, float, float, float] | None = Field(
+        None, description='Fixed row-major 3x3 intrinsics in pixels of the published image, instead of `camera_info`.'
+    )
+    width: int | None = Field(None, gt=0, description='Image width that `K` speaks about, pixels.')
+    height: int | None = Field(None, gt=0, description='Image height that `K` speaks about, pixels.')
+    resize: Literal['stretch', 'letterbox', 'crop'] = Field(
+        'stretch', description='How the image reaches the model size; the intrinsics follow.'
+    )
+
+    @model_validator(mode='after')
+    def _one_source_of_intrinsics(self) -> Camera:
+        if self.K is not None and self.camera_info is not None:
+            raise ValueError('give either camera_info or K, not both')
+        if self.K is not None and (self.width is None or self.height is None):
+            raise ValueError('a fixed K needs width and height, the image size it speaks about')
+        if self.K is not None and not (self.K[0] > 0 and self.K[4] > 0 and self.K[8] == 1.0):
+            raise ValueError(f'K must have fx > 0, fy > 0 and K[8] = 1, got {list(self.K)}')
+        return self
+
+    @property
+    def fixed_K(self) -> NDArray[np.float64] | None:
+        """The fixed intrinsics as float64 ``[3, 3]``, or None."""
+        return None if self.K is None else np.asarray(self.K, dtype=np.float64).reshape(3, 3)
+
+
+class State(_Section):
+    """The proprioceptive input."""
+
+    topic: Topic = Field('/joint_states', description='sensor_msgs/JointState topic.')
+    joints: tuple[JointName, ...] = Field(
+        min_length=1, description='Joints in the order of the state vector; messages may use any order.'
+    )
+    fields: tuple[Literal['position', 'velocity', 'effort'], ...] = Field(
+        ('position',), min_length=1, description='JointState arrays that enter the state vector, one block per field.'
+    )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the state vector's elements, ``<joint>.<field>``, one block per field."""
+        return tuple(f'{joint}.{field}' for field in self.fields for joint in self.joints)
+
+
+class Instruction(_Section):
+    """Where the operator's sentence comes from."""
+
+    topic: Topic = Field('/instruction', description='std_msgs/String topic (reliable, transient local).')
+    max_length: int = Field(256, gt=0, le=4096, description='Longer instructions are refused, characters.')
+
+
+class Action(_Section):
+    """What the policy answers: a chunk of `horizon` targets, `period` seconds apart."""
+
+    type: Literal['joint_position'] = Field('joint_position', description='Kind of action.')
+    joints: tuple[JointName, ...] = Field(min_length=1, description='Joints in the order of the action vector.')
+    representation: Literal['absolute', 'delta'] = Field(
+        'absolute', description='`delta`: the model predicts target minus the observed state; the chunk is absolute either way.'
+    )
+    absolute_joints: tuple[JointName, ...] = Field(
+        (), description='Joints that stay absolute under `delta`, such as grippers.'
+    )
+    period: PositiveSeconds = Field(description='Control period: time between two actions of a chunk, s.')
+    horizon: int = Field(gt=0, le=200, description='Actions per chunk.')
+
+    @property
+    def period_ns(self) -> int:
+        """`period` in nanoseconds."""
+        return round(self.period * NS_PER_S)
+
+    @property
+    def delta_mask(self) -> NDArray[np.bool_]:
+        """bool ``[A]``: the elements that the model predicts relative to the observed state."""
+        if self.representation == 'absolute':
+            return np.zeros(len(self.joints), dtype=bool)
+        return np.array([joint not in self.absolute_joints for joint in self.joints])
+
+
+class JointLimit(_Section):
+    """Planning limits of one joint; choose them below the hardware's."""
+
+    position: tuple[float, float] = Field(description='Lower and upper position, rad (m for a prismatic joint).')
+    velocity: float = Field(gt=0.0, description='Largest |velocity|, rad/s.')
+    acceleration: float = Field(gt=0.0, description='Largest |acceleration|, rad/s^2.')
+    following_error: float | None = Field(
+        None, gt=0.0, description='Largest |commanded - measured| position; beyond it the node stops. None: not watched.'
+    )
+
+    @field_validator('position')
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not value[0] < value[1]:
+            raise ValueError(f'lower limit {value[0]} must be below upper limit {value[1]}')
+        return value
+
+
+class Controller(_Section):
+    """A controller that executes some of the action joints."""
+
+    topic: Topic = Field(description='Command topic of the controller.')
+    type: Literal['joint_trajectory'] = Field(
+        'joint_trajectory', description='Interface: trajectory_msgs/JointTrajectory as joint_trajectory_controller takes it.'
+    )
+    joints: tuple[JointName, ...] = Field(min_length=1, description='All joints of the controller.')
+    state_topic: Topic | None = Field(
+        None, description='Topic of the controller state, whose reference anchors the first trajectory.'
+    )
+    update_rate: float = Field(100.0, gt=0.0, le=2000.0, description='Update rate of the controller manager, Hz.')
+
+
+class Timing(_Section):
+    """How old and how far apart inputs may be, judged on header stamps."""
+
+    max_image_age: PositiveSeconds = Field(0.5, description='Oldest usable image, s.')
+    max_state_age: PositiveSeconds = Field(0.2, description='Oldest usable joint state, s.')
+    max_camera_skew: PositiveSeconds = Field(0.2, description='Largest stamp difference between cameras of one observation, s.')
+    max_state_skew: PositiveSeconds = Field(
+        0.2, description='Largest stamp difference between the newest image and the joint state, s.'
+    )
+    max_future: PositiveSeconds = Field(0.1, description='A stamp further ahead of the clock than this is refused, s.')
+
+
+class Robot(_Section):
+    """The whole robot file."""
+
+    name: Name = Field(description='Name of the robot, stored in checkpoints made for it.')
+    cameras: dict[Name, Camera] = Field(min_length=1, description='Cameras by name, in the order the model sees them.')
+    state: State = Field(description='Proprioceptive input.')
+    instruction: Instruction = Field(default_factory=Instruction, description='Language input.')
+    action: Action = Field(description='Action chunk.')
+    limits: dict[JointName, JointLimit] = Field(description='Planning limits of every action joint.')
+    controllers: dict[Name, Controller] = Field(min_length=1, description='Controllers by name.')
+    timing: Timing = Field(default_factory=Timing, description='Freshness and skew limits.')
+
+    @model_validator(mode='after')
+    def _consistent(self) -> Robot:
+        problems = [
+            *_repeated('state.joints', self.state.joints),
+            *_repeated('state.fields', self.state.fields),
+            *_repeated('action.joints', self.action.joints),
+            *self._limit_problems(),
+            *self._controller_problems(),
+        ]
+        for joint in self.action.absolute_joints:
+            if joint not in self.action.joints:
+                problems.append(f'action.absolute_joints: {_unknown(joint, self.action.joints)}')
+        if self.action.representation == 'delta':
+            missing = [j for j in self.action.joints if j not in self.state.joints and j not in self.action.absolute_joints]
+            if missing or 'position' not in self.state.fields:
+                problems.append(f'action.representation: delta needs the position of {missing or "every joint"} in state')
+        if problems:
+            raise ValueError('; '.join(problems))
+        return self
+
+    def _limit_problems(self) -> list[str]:
+        problems = [f'limits: no limits for action joint {j!r}' for j in self.action.joints if j not in self.limits]
+        problems += [f'limits: {_unknown(j, self.action.joints)}' for j in self.limits if j not in self.action.joints]
+        return problems
+
+    def _controller_problems(self) -> list[str]:
+        problems: list[str] = []
+        owner: dict[str, str] = {}
+        topics: dict[str, str] = {}
+        for name, controller in self.controllers.items():
+            problems += _repeated(f'controllers.{name}.joints', controller.joints)
+            for joint in controller.joints:
+                if joint not in self.action.joints:
+                    problems.append(f'controllers.{name}.joints: {_unknown(joint, self.action.joints)}')
+                elif owner.setdefault(joint, name) != name:
+                    problems.append(f'controllers: joint {joint!r} belongs to both {owner[joint]!r} and {name!r}')
+            if topics.setdefault(controller.topic, name) != name:
+                problems.append(f'controllers: {topics[controller.topic]!r} and {name!r} share topic {controller.topic}')
+        problems += [f'controllers: no controller executes joint {j!r}' for j in self.action.joints if j not in owner]
+        unmeasured = [j for j in self.action.joints if j not in self.state.joints]
+        if unmeasured or 'position' not in self.state.fields:
+            problems.append(
+                f'state: the positions of all action joints are needed to start a motion; missing {unmeasured or "position"}'
+            )
+        return problems
+
+    @property
+    def camera_names(self) -> tuple[str, ...]:
+        """Camera names in the order the model sees them."""
+        return tuple(self.cameras)
+
+    def action_positions(self, state: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Measured positions ``[A]`` of the action joints, taken from a state vector ``[S]``."""
+        names = self.state.names
+        return np.array([state[names.index(f'{joint}.position')] for joint in self.action.joints])
+
+
+def load_robot(path: str | Path) -> Robot:
+    """Read and validate a robot file.
+
+    Raises:
+        RobotFileError: the file is missing, is not YAML, or breaks the schema; all problems are listed.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+        raise RobotFileError(f'robot file {path}: cannot be read ({error}); give the path of a YAML robot file') from error
+    return parse_robot(text, source=str(path))
+
+
+def parse_robot(text: str, source: str = 'robot file') -> Robot:
+    """Validate the text of a robot file; ``source`` names it in messages. Raises RobotFileError."""
+    try:
+        data = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise RobotFileError(f'{source}: not valid YAML: {error}') from error
+    if not isinstance(data, dict):
+        raise RobotFileError(f'{source}: must be a mapping with the keys {", ".join(Robot.model_fields)}')
+    try:
+        return Robot.model_validate(data)
+    except ValidationError as error:
+        lines = [f'  {problem}' for problem in _explain(error)]
+        raise RobotFileError('\n'.join([f'{source}: {len(lines)} problem(s)', *lines])) from error
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, which YAML would otherwise drop silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f'key {key!r} is given twice', key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _repeated(place: str, values: tuple[str, ...]) -> list[str]:
+    return [f'{place}: {value!r} is listed twice' for value in sorted({v for v in values if values.count(v) > 1})]
+
+
+def _unknown(name: str, known: tuple[str, ...] | list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f'; did you mean {near[0]!r}?' if near else f'; known: {", ".join(known)}'
+    return f'{name!r} is not known{hint}'
+
+
+def _explain(error: ValidationError) -> list[str]:
+    """One sentence per problem: place in the file, what is wrong, what to write instead."""
+    sentences = []
+    for item in error.errors():
+        place = '.'.join(str(part) for part in item['loc'])
+        if item['type'] == 'extra_forbidden':
+            text = _unknown(str(item['loc'][-1]), _keys_at(item['loc'][:-1])).replace('is not known', 'is not a key here')
+        elif item['type'] == 'missing':
+            text = 'is required'
+        else:
+            text = item['msg'].removeprefix('Value error, ')
+            if item['type'] != 'value_error':
+                text += f' (got {item["input"]!r})'
+        sentences.append(f'{place}: {text}' if place else text)
+    return sentences
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    """The keys that the schema allows at a place such as ``('cameras', 'scene')``."""
+    mapped: dict[str, type[BaseModel]] = {'cameras': Camera, 'controllers': Controller, 'limits': JointLimit}
+    singles: dict[str, type[BaseModel]] = {'state': State, 'instruction': Instruction, 'action': Action, 'timing': Timing}
+    place = str(location[0]) if location else ''
+    section = mapped.get(place) if len(location) > 1 else singles.get(place)
+    return list((section or Robot).model_fields)
