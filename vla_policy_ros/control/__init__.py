@@ -1,0 +1,13 @@
+"""From an action chunk to what a joint trajectory controller executes well.
+
+Enters: an `ActionChunk`, the current time, and the motion commanded so far (`CommandedMotion`). Leaves: a `Plan`, which holds a
+`JointTrajectory` whose interpolant respects every joint limit and ends at rest, or the reason why nothing may be sent. Any
+single thread; nothing here keeps time or state of its own except `CommandedMotion` and the controller emulator, which their
+owner updates. Imports numpy only.
+
+- `limits`: position, velocity and acceleration limits as arrays.
+- `check`: exact extrema of a trajectory's cubic interpolant, the last gate before anything is published.
+- `commanded`: what has been commanded, as one continuous motion.
+- `planner`: expire, splice, follow within the limits, rest.
+- `jtc_trajectory`, `jtc`: emulator of the Jazzy joint_trajectory_controller, for the simulator, the tests and for lint.
+"""

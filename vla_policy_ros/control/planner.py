@@ -1,0 +1,332 @@
+"""One action chunk becomes one trajectory that continues the commanded motion, keeps every limit and ends at rest.
+
+The knots lie on a grid that is fixed to the clock, so the grids of two plans coincide and a new trajectory starts exactly on a
+knot of the motion it continues (the seam). From there the chunk's path is followed within the limits; after the chunk's last
+action all joints come to rest together. Losing the sender therefore always ends in a smooth stop.
+
+How the message is timed is the `Emission`:
+
+- ``stamp='zero'``: ``header.stamp`` is 0 and the controller starts counting at its first update after the message arrives. It
+  needs no common clock. The controller bridges from its own state to knot 0, dates that state one update too early, and does
+  not know how late the message is: the first step after a replacement is up to twice the nominal one, more with jitter. A
+  ``velocity_fraction`` below one half keeps that step within the velocity limit. The bridge is the controller's own: the
+  acceleration limit does not hold on it.
+- ``stamp='start'``: ``header.stamp`` is the start time and the first knots repeat the motion commanded already. The controller
+  enters the trajectory where the clock says, on the very curve it is executing: no bridge, no step, whatever the delay up to
+  ``lead_ns``, and whether it interpolates from the desired or the measured state. Sender and controller must share a clock,
+  and the controller must not blend replacements (Humble to Kilted do not).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vla_policy_ros.control.check import violation
+from vla_policy_ros.control.chunk_path import ChunkPath
+from vla_policy_ros.control.commanded import CommandedMotion
+from vla_policy_ros.control.follower import Follower
+from vla_policy_ros.control.limits import JointLimits
+from vla_policy_ros.types import NS_PER_S, ActionChunk, JointTrajectory
+
+Array = NDArray[np.float64]
+NS_PER_MS = 1_000_000
+
+
+class Rejection(Enum):
+    """Why a chunk is not executed. The running trajectory goes on and ends at rest."""
+
+    NON_FINITE = 'the chunk holds a value that is not finite'
+    EXPIRED = 'every action of the chunk is in the past'
+    OUT_OF_LIMITS = 'an action lies too far outside the position limits'
+    TOO_FAR = 'the chunk starts too far from the commanded position'
+    CLOCK_JUMPED = 'the clock is behind the commanded motion'
+    LIMIT_EXCEEDED = 'the planned trajectory exceeds a limit'
+
+    @property
+    def text(self) -> str:
+        """What it means, for the operator."""
+        return self.value
+
+
+class LimitExceeded(RuntimeError):
+    """A planned brake exceeds a limit, so it was not returned; the message names joint, value and limit."""
+
+
+@dataclass(frozen=True)
+class Emission:
+    """How trajectories are timed and shaped. Use `for_controller` for defaults that fit an update rate.
+
+    Attributes:
+        stamp: ``'zero'`` or ``'start'``, see the module.
+        lead_ns: at least this long after ``now`` the new motion takes over; time for transport, and the bridge of ``'zero'``.
+        transport_ns: the longest delay until the controller's first update with the message.
+        controller_period_ns: time between two updates of the controller.
+        knot_spacing_ns: grid of the knots.
+        velocity_fraction: part of the velocity limit that is used; the rest is for the first step after a replacement.
+        tracking_rate: 1/s, how fast a small difference between path and motion closes.
+        position_margin: part of a joint's range by which an action may lie outside its limits and still be clamped; beyond it
+            the chunk is rejected.
+        reach_s: a chunk that starts further away than this many seconds of full speed is rejected.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    stamp: Literal['zero', 'start'] = 'zero'
+    lead_ns: int = 100 * NS_PER_MS
+    transport_ns: int = 40 * NS_PER_MS
+    controller_period_ns: int = 10 * NS_PER_MS
+    knot_spacing_ns: int = 20 * NS_PER_MS
+    velocity_fraction: float = 0.42
+    tracking_rate: float = 8.0
+    position_margin: float = 0.05
+    reach_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.stamp not in ('zero', 'start'):
+            raise ValueError(f"stamp must be 'zero' or 'start', got {self.stamp!r}")
+        if self.knot_spacing_ns <= 0 or self.controller_period_ns <= 0 or self.transport_ns < 0:
+            raise ValueError('knot_spacing_ns and controller_period_ns must be positive, transport_ns not negative')
+        floor_ns = max(2 * self.controller_period_ns, self.transport_ns)
+        if self.lead_ns < floor_ns:
+            raise ValueError(
+                f'lead_ns is {self.lead_ns}, needs at least {floor_ns}: two controller periods, and the transport delay'
+            )
+        if not 0.0 < self.velocity_fraction <= 1.0:
+            raise ValueError(f'velocity_fraction must be in (0, 1], got {self.velocity_fraction}')
+        # Beyond 0.34 per knot the correction overshoots from one knot to the next.
+        if not 0.0 < self.tracking_rate * self.knot_spacing_ns / NS_PER_S <= 0.34:
+            raise ValueError(f'tracking_rate must be in (0, {0.34 * NS_PER_S / self.knot_spacing_ns:.3g}] at this knot spacing')
+        if not (self.position_margin >= 0.0 and self.reach_s > 0.0):
+            raise ValueError('position_margin must not be negative and reach_s must be positive')
+
+    @classmethod
+    def for_controller(
+        cls, update_rate: float, stamp: Literal['zero', 'start'] = 'zero', transport_ms: float = 30.0
+    ) -> Emission:
+        """Defaults for a controller updated at ``update_rate`` Hz that sees a message after at most ``transport_ms``."""
+        period_ns = round(NS_PER_S / update_rate)
+        transport_ns = round(transport_ms * NS_PER_MS) + period_ns
+        if stamp == 'start':
+            lead_ns = max(2 * period_ns, transport_ns)
+            return cls('start', lead_ns, transport_ns, period_ns, velocity_fraction=1.0)
+        lead_ns = max(10 * period_ns, round(2.5 * transport_ns))
+        return cls('zero', lead_ns, transport_ns, period_ns)
+
+    def header_stamp_ns(self, trajectory: JointTrajectory) -> int:
+        """What to put into ``header.stamp`` of the message that carries ``trajectory``."""
+        return 0 if self.stamp == 'zero' else trajectory.start_ns
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What became of a chunk.
+
+    Attributes:
+        trajectory: what to publish, or None when rejected.
+        rejection: None when there is a trajectory.
+        reason: a sentence for the operator that names joint, value and limit; empty without rejection.
+        points_expired: actions that lie before the new motion takes over.
+        clamped_joints: joints of which an action was cut to the position limits, or asks for more than the usable speed.
+        seam_jump: largest distance, over the joints, between the chunk's own path and the commanded motion where the chunk
+            takes over (rad, or the joint's unit).
+    """
+
+    trajectory: JointTrajectory | None
+    rejection: Rejection | None = None
+    reason: str = ''
+    points_expired: int = 0
+    clamped_joints: tuple[str, ...] = ()
+    seam_jump: float = 0.0
+
+
+class TrajectoryPlanner:
+    """Turns chunks, and the wish to stop, into trajectories. Keeps no state between calls."""
+
+    def __init__(self, limits: JointLimits, emission: Emission) -> None:
+        self.limits = limits
+        self.emission = emission
+        self._speed = limits.velocity * emission.velocity_fraction
+        self._margin = (limits.upper - limits.lower) * emission.position_margin
+
+    def plan(self, chunk: ActionChunk, now_ns: int, commanded: CommandedMotion) -> Plan:
+        """The trajectory that follows ``chunk`` from the commanded motion on, to be published at ``now_ns``.
+
+        Raises:
+            ValueError: the chunk's shape, period or joint names do not fit the limits, or ``commanded`` has other joints; these
+                are mistakes of configuration, not of one chunk.
+        """
+        actions = self._actions(chunk)
+        self._check_commanded(commanded)
+        finite = np.isfinite(actions)
+        if not finite.all():
+            row, column = np.argwhere(~finite)[0]
+            return _reject(
+                Rejection.NON_FINITE, f'action {row} of joint {self.limits.names[column]!r} is {actions[row, column]}'
+            )
+        if now_ns < commanded.since_ns:
+            behind = (commanded.since_ns - now_ns) * 1e-9
+            return _reject(Rejection.CLOCK_JUMPED, f'now is {behind:.3f} s before anything commanded: start again from rest')
+
+        seam_ns = self._seam_ns(now_ns)
+        times = chunk.stamp_ns + np.arange(len(actions), dtype=np.int64) * chunk.dt_ns
+        expired = int(np.count_nonzero(times <= seam_ns))
+        if expired == len(actions):
+            late = (seam_ns - int(times[-1])) * 1e-9
+            return _reject(
+                Rejection.EXPIRED,
+                f'the last action is {late:.3f} s too old to be reached; shorten the inference or lengthen the horizon',
+                expired,
+            )
+        problem = self._outside(actions, expired)
+        if problem:
+            return _reject(Rejection.OUT_OF_LIMITS, problem, expired)
+
+        waypoints = np.clip(actions, self.limits.lower, self.limits.upper)
+        path = ChunkPath(chunk.stamp_ns, chunk.dt_ns, waypoints)
+        seam_jump, problem = self._seam(path, seam_ns, commanded)
+        if problem:
+            return _reject(Rejection.TOO_FAR, problem, expired, seam_jump)
+
+        follower = self._follower(seam_ns, commanded)
+        trajectory = self._follow(follower, path, seam_ns, now_ns, commanded)
+        exceeded = self._exceeds(trajectory, follower, seam_ns)
+        if exceeded:
+            return _reject(Rejection.LIMIT_EXCEEDED, exceeded, expired, seam_jump)
+        clamped = self._clamped(actions, waypoints, expired, chunk.dt_ns)
+        return Plan(trajectory, points_expired=expired, clamped_joints=clamped, seam_jump=seam_jump)
+
+    def brake(self, now_ns: int, commanded: CommandedMotion) -> JointTrajectory | None:
+        """The shortest stop from the commanded motion that keeps the limits, or None if it is at rest already.
+
+        Raises:
+            ValueError: ``commanded`` has other joints.
+            LimitExceeded: the stop would exceed a limit; the running trajectory comes to rest by itself.
+        """
+        self._check_commanded(commanded)
+        if commanded.at_rest(now_ns):
+            return None
+        seam_ns = self._seam_ns(now_ns)
+        follower = self._follower(seam_ns, commanded)
+        follower.brake()
+        trajectory = self._assemble(follower, seam_ns, now_ns, commanded)
+        problem = self._exceeds(trajectory, follower, seam_ns)
+        if problem:
+            raise LimitExceeded(f'brake not sent: {problem}')
+        return trajectory
+
+    # Steps of plan, in order.
+
+    def _actions(self, chunk: ActionChunk) -> Array:
+        """The actions ``[T, J]`` in the order of the limits."""
+        names = tuple(chunk.joint_names)
+        if sorted(names) != sorted(self.limits.names):
+            raise ValueError(f'chunk has joints {list(names)}, the limits are for {list(self.limits.names)}')
+        actions = np.asarray(chunk.actions, dtype=np.float64)
+        if actions.ndim != 2 or actions.shape[0] < 1 or actions.shape[1] != len(names):
+            raise ValueError(f'chunk actions have shape {actions.shape}, expected [T >= 1, {len(names)}]')
+        if chunk.dt_ns <= 0:
+            raise ValueError(f'chunk period is {chunk.dt_ns} ns, must be positive')
+        return actions if names == self.limits.names else actions[:, [names.index(name) for name in self.limits.names]]
+
+    def _check_commanded(self, commanded: CommandedMotion) -> None:
+        if commanded.names != self.limits.names:
+            raise ValueError(f'commanded motion has joints {list(commanded.names)}, not {list(self.limits.names)}')
+
+    def _seam_ns(self, now_ns: int) -> int:
+        """The first grid instant at or after now + lead."""
+        spacing = self.emission.knot_spacing_ns
+        return -(-(now_ns + self.emission.lead_ns) // spacing) * spacing
+
+    def _outside(self, actions: Array, expired: int) -> str:
+        """A sentence about the worst usable action that lies outside the limits by more than the margin, or ''."""
+        usable = actions[expired:]
+        excess = np.maximum(self.limits.lower - usable, usable - self.limits.upper) - self._margin
+        row, column = np.unravel_index(int(np.argmax(excess)), excess.shape)
+        if excess[row, column] <= 0.0:
+            return ''
+        return (
+            f'action {expired + row} of joint {self.limits.names[column]!r} is {usable[row, column]:.4g}, limits '
+            f'[{self.limits.lower[column]:.4g}, {self.limits.upper[column]:.4g}] with a margin of {self._margin[column]:.3g}'
+        )
+
+    def _seam(self, path: ChunkPath, seam_ns: int, commanded: CommandedMotion) -> tuple[float, str]:
+        """Distance between chunk and commanded motion where the chunk takes over, and a sentence if it is too far.
+
+        A chunk that begins after the seam takes over at its first action; until then the path leads there from the seam.
+        """
+        over_ns = max(seam_ns, path.start_ns)
+        wanted = path.sample(np.array([over_ns]))[0][0]
+        present = commanded.sample(over_ns)[0]
+        if path.start_ns > seam_ns:
+            path.begin_at(seam_ns, *commanded.sample(seam_ns))
+        distance = np.abs(wanted - present)
+        reach = self.limits.velocity * (self.emission.reach_s + (over_ns - seam_ns) * 1e-9)
+        joint = int(np.argmax(distance / reach))
+        problem = ''
+        if distance[joint] > reach[joint]:
+            problem = (
+                f'joint {self.limits.names[joint]!r} is commanded to {present[joint]:.4g} and the chunk begins at '
+                f'{wanted[joint]:.4g}; at most {reach[joint]:.3g} away is accepted'
+            )
+        return float(distance.max()), problem
+
+    def _follower(self, seam_ns: int, commanded: CommandedMotion) -> Follower:
+        step = self.emission.knot_spacing_ns * 1e-9
+        return Follower(self.limits, self._speed, step, self.emission.tracking_rate, *commanded.sample(seam_ns))
+
+    def _follow(
+        self, follower: Follower, path: ChunkPath, seam_ns: int, now_ns: int, commanded: CommandedMotion
+    ) -> JointTrajectory:
+        spacing = self.emission.knot_spacing_ns
+        steps = (path.end_ns - seam_ns) // spacing
+        follower.follow(*path.sample(seam_ns + spacing * np.arange(steps + 1, dtype=np.int64)))
+        follower.rest_together()
+        return self._assemble(follower, seam_ns, now_ns, commanded)
+
+    def _assemble(self, follower: Follower, seam_ns: int, now_ns: int, commanded: CommandedMotion) -> JointTrajectory:
+        """The message's knots: the follower's, and for ``stamp='start'`` the commanded motion before the seam."""
+        knots = follower.knots
+        spacing = self.emission.knot_spacing_ns
+        times = seam_ns + spacing * np.arange(len(knots.positions), dtype=np.int64)
+        if self.emission.stamp == 'zero':
+            return JointTrajectory(now_ns, self.limits.names, times - now_ns, knots.positions, knots.velocities)
+        start_ns = now_ns // spacing * spacing
+        before = [start_ns, *(int(time) for time in commanded.knots_between(start_ns, seam_ns))]
+        states = [commanded.sample(time) for time in before]
+        return JointTrajectory(
+            start_ns,
+            self.limits.names,
+            np.concatenate([np.array(before, dtype=np.int64), times]) - start_ns,
+            np.vstack([*(position for position, _ in states), knots.positions]),
+            np.vstack([*(velocity for _, velocity in states), knots.velocities]),
+        )
+
+    def _exceeds(self, trajectory: JointTrajectory, follower: Follower, seam_ns: int) -> str | None:
+        """The limit that the part after the seam exceeds, or None. What was commanded before is given, and its speed is."""
+        first = int(np.searchsorted(trajectory.times_ns, seam_ns - trajectory.start_ns))
+        speed = np.maximum(self.limits.velocity, np.abs(trajectory.velocities[first]))
+        reachable = JointLimits(self.limits.names, follower.lower, follower.upper, speed, self.limits.acceleration)
+        new = JointTrajectory(
+            trajectory.start_ns,
+            trajectory.joint_names,
+            trajectory.times_ns[first:],
+            trajectory.positions[first:],
+            trajectory.velocities[first:],
+        )
+        return violation(new, reachable)
+
+    def _clamped(self, actions: Array, waypoints: Array, expired: int, dt_ns: int) -> tuple[str, ...]:
+        clipped = np.any(actions[expired:] != waypoints[expired:], axis=0)
+        speeds = np.abs(np.diff(waypoints[max(expired - 1, 0) :], axis=0)) / (dt_ns * 1e-9)
+        too_fast = np.any(speeds > self._speed * (1.0 + 1e-9), axis=0)
+        return tuple(name for name, cut in zip(self.limits.names, clipped | too_fast, strict=True) if cut)
+
+
+def _reject(rejection: Rejection, reason: str, expired: int = 0, seam_jump: float = 0.0) -> Plan:
+    return Plan(None, rejection, f'{rejection.text}: {reason}', expired, (), seam_jump)
