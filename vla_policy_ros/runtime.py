@@ -1,0 +1,467 @@
+"""The policy loop without ROS: latest observation in, trajectory out, and the state machine between them.
+
+The live node and bag replay both drive this class. The owner feeds messages into ``inputs``, calls ``tick`` at the replan rate,
+``watch`` more often, and ``collect`` when woken; everything that leaves goes to the `Listener`. All methods belong to one thread
+(the one that receives messages); only inference runs elsewhere, on the executor handed in, one request in flight, newest wins.
+
+Time is passed in with every call. A clock that jumps back drops everything that was learned on the old time line.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from time import perf_counter
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vla_policy_ros.control.commanded import CommandedMotion
+from vla_policy_ros.control.planner import LimitExceeded, Plan, TrajectoryPlanner
+from vla_policy_ros.observation import ObservationAssembler, ObservationError, Snapshot
+from vla_policy_ros.robot import Robot
+from vla_policy_ros.types import NS_PER_S, ActionChunk, JointTrajectory, Observation
+
+_RATE_WINDOW = 20
+_LATENCY_WINDOW = 100
+_CLOCK_JUMP_NS = NS_PER_S // 2
+
+
+class State(IntEnum):
+    """What the policy is doing; the values are those of PolicyStatus.msg."""
+
+    WAITING = 0
+    READY = 1
+    RUNNING = 2
+    HOLDING = 3
+    STOPPED = 4
+    FAULT = 5
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run today. Times in s.
+
+    Attributes:
+        replan_rate: Hz at which a new chunk is wanted.
+        dry_run: plan and report, but never actuate; every plan then starts from the measured state.
+        max_inference_time: an inference that takes longer is reported as a stall.
+    """
+
+    replan_rate: float = 5.0
+    dry_run: bool = False
+    max_inference_time: float = 2.0
+
+
+@dataclass(frozen=True)
+class ChunkReport:
+    """One chunk and all that became of it; what ActionChunk.msg shows."""
+
+    chunk: ActionChunk
+    plan: Plan
+    actuated: bool
+    input_stamps: Mapping[str, int]
+    stages_ms: Mapping[str, float]
+    latency_ms: float
+
+
+@dataclass
+class Counters:
+    """Totals since configuration; what PolicyStatus.msg shows."""
+
+    observations: int = 0
+    chunks: int = 0
+    trajectories_published: int = 0
+    trajectories_rejected: int = 0
+    requests_skipped: int = 0
+
+
+class Listener(Protocol):
+    """Where the runtime's results go."""
+
+    def on_trajectory(self, trajectory: JointTrajectory, *, actuate: bool) -> None:
+        """A trajectory to show, and to send to the controllers if ``actuate``."""
+
+    def on_chunk(self, report: ChunkReport) -> None:
+        """A chunk came back and was planned or rejected."""
+
+    def on_state(self, state: State, reason: str) -> None:
+        """The state or its reason changed."""
+
+    def on_warning(self, sentence: str) -> None:
+        """Something that the operator should know and that changes no state."""
+
+
+class Executor(Protocol):
+    """Runs one call at a time on the policy's thread."""
+
+    def submit(self, call: Callable[[], Any], on_done: Callable[[Any], None]) -> bool:
+        """Start ``call``; ``on_done`` gets a result with ``value`` and ``error`` on the worker thread. False if busy."""
+
+
+class Infer(Protocol):
+    """The policy: one observation to one chunk, on the executor's thread."""
+
+    def __call__(self, observation: Observation) -> ActionChunk: ...
+
+
+@dataclass
+class _Request:
+    epoch: int
+    snapshot: Snapshot
+    started_ns: int
+    decode_ms: float = 0.0
+    result: Any = None
+
+
+@dataclass
+class _Timeline:
+    """What must be forgotten when the clock jumps back."""
+
+    commanded: CommandedMotion | None = None
+    chunk_times: deque[int] = field(default_factory=lambda: deque(maxlen=_RATE_WINDOW))
+    now_ns: int = 0
+
+
+class PolicyRuntime:
+    """The loop. See the module docstring for who calls what.
+
+    Args:
+        robot: the robot file.
+        infer: the policy; called on the executor's thread only.
+        planner: chunk to trajectory.
+        executor: runs ``infer``.
+        listener: gets trajectories, chunk reports and changes of state.
+        wake: called on the executor's thread when a result waits; it must cause ``collect`` to be called on the owner's thread.
+        settings: see `Settings`; ``settings`` may be replaced at any time.
+    """
+
+    def __init__(
+        self,
+        robot: Robot,
+        infer: Infer,
+        planner: TrajectoryPlanner,
+        executor: Executor,
+        listener: Listener,
+        wake: Callable[[], None],
+        settings: Settings,
+    ) -> None:
+        self.robot = robot
+        self.inputs = ObservationAssembler(robot)
+        self.settings = settings
+        self.counters = Counters()
+        self.state = State.WAITING
+        self.reason = ''
+        self.active = False
+        self._infer = infer
+        self._planner = planner
+        self._executor = executor
+        self._listener = listener
+        self._wake = wake
+        self._timeline = _Timeline()
+        self._latencies: deque[float] = deque(maxlen=_LATENCY_WINDOW)
+        self._epoch = 0
+        self._in_flight: _Request | None = None
+        self._replan_wanted = False
+        self._has_run = False
+        self._plan_problem = ''
+        self._stop_reason = ''
+        self._fault_reason = ''
+        self._controller_reference: tuple[NDArray[np.float64], int] | None = None
+
+    # ---- commands of the operator ------------------------------------------------------------------------------------------
+
+    def activate(self, now_ns: int) -> None:
+        """Begin to plan. Motion starts from where the controller holds the robot now."""
+        now_ns = self._advance(now_ns)
+        self.active, self._has_run, self._plan_problem = True, False, ''
+        self._forget_motion_at_rest(now_ns)
+        self._new_epoch()
+        self._update_state(now_ns)
+
+    def deactivate(self, now_ns: int) -> None:
+        """Brake, then be silent."""
+        now_ns = self._advance(now_ns)
+        self._brake(now_ns)
+        self.active, self._has_run, self._plan_problem = False, False, ''
+        self._new_epoch()
+        self._update_state(now_ns)
+
+    def stop(self, now_ns: int, reason: str) -> None:
+        """Soft stop: brake, then be silent until ``reset``."""
+        now_ns = self._advance(now_ns)
+        self._brake(now_ns)
+        self._stop_reason = reason
+        self._new_epoch()
+        self._update_state(now_ns)
+
+    def reset(self, now_ns: int) -> None:
+        """Leave a soft stop. The motion starts anew from where the controller holds the robot."""
+        now_ns = self._advance(now_ns)
+        self._stop_reason = ''
+        self._plan_problem = ''
+        self._forget_motion_at_rest(now_ns)
+        self._update_state(now_ns)
+
+    def fault(self, now_ns: int, reason: str) -> None:
+        """Brake and stay in FAULT: the policy cannot work any more."""
+        now_ns = self._advance(now_ns)
+        self._brake(now_ns)
+        self._fault_reason = reason
+        self._new_epoch()
+        self._update_state(now_ns)
+
+    def instruct(self, text: str, now_ns: int) -> str | None:
+        """Set the instruction; a chunk in flight for the old one is dropped. Returns why it is refused, or None."""
+        now_ns = self._advance(now_ns)
+        before = self.inputs.instruction
+        refusal = self.inputs.put_instruction(text, now_ns)
+        if self.inputs.instruction != before:
+            self._new_epoch()
+            self._replan_wanted = self.active
+        self.watch(now_ns)
+        return refusal
+
+    def put_controller_reference(self, positions: NDArray[np.float64], now_ns: int) -> None:
+        """Positions ``[A]`` that the controllers command now; a motion starts from them rather than from the measured ones."""
+        self._controller_reference = (positions, now_ns)
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------------
+
+    def tick(self, now_ns: int) -> None:
+        """Ask for a new chunk from the newest observation. Call it at the replan rate."""
+        now_ns = self._advance(now_ns)
+        self.watch(now_ns)
+        if self._may_plan():
+            self._request(now_ns)
+
+    def watch(self, now_ns: int) -> None:
+        """Judge the inputs, the clock, the inference and the robot; brake where one fails. Call it often: it is cheap."""
+        now_ns = self._advance(now_ns)
+        if self.active and not self._stop_reason and not self._fault_reason:
+            self._watch_inference(now_ns)
+            self._watch_following(now_ns)
+        self._update_state(now_ns)
+        if self._replan_wanted and self._may_plan() and self._in_flight is None:
+            self._request(now_ns)
+
+    def collect(self, now_ns: int) -> None:
+        """Take the result of the inference in flight, if it is there, plan it and hand it on."""
+        now_ns = self._advance(now_ns)
+        request = self._in_flight
+        if request is None or request.result is None:
+            return
+        self._in_flight = None
+        if request.epoch == self._epoch and self.active:
+            self._digest(request, now_ns)
+        elif request.result.error is not None and not isinstance(request.result.error, ObservationError):
+            self.fault(now_ns, f'inference failed: {request.result.error}')
+        self.watch(now_ns)
+
+    # ---- numbers for the status --------------------------------------------------------------------------------------------
+
+    @property
+    def inference_in_flight(self) -> bool:
+        """True while the policy works on an observation."""
+        return self._in_flight is not None
+
+    def inference_age(self, now_ns: int) -> float:
+        """Seconds that the inference in flight has taken, 0 if there is none."""
+        return 0.0 if self._in_flight is None else (now_ns - self._in_flight.started_ns) / NS_PER_S
+
+    def chunk_rate(self, now_ns: int) -> float:
+        """Chunks per second achieved of late."""
+        times = self._timeline.chunk_times
+        stale = not times or now_ns - times[-1] > 3 * NS_PER_S / self.settings.replan_rate
+        return 0.0 if stale or len(times) < 2 else (len(times) - 1) * NS_PER_S / (times[-1] - times[0])
+
+    def latency_percentile(self, percent: float) -> float:
+        """Latency from image stamp to published trajectory, ms, over the last chunks; NaN before the first."""
+        return float(np.percentile(np.array(self._latencies), percent)) if self._latencies else float('nan')
+
+    def commanded_until(self, now_ns: int) -> float:
+        """Seconds until the last trajectory has come to rest, 0 if it has."""
+        commanded = self._timeline.commanded
+        return 0.0 if commanded is None else max(0.0, (commanded.until_ns - now_ns) / NS_PER_S)
+
+    # ---- inside ------------------------------------------------------------------------------------------------------------
+
+    def _may_plan(self) -> bool:
+        return self.state is State.RUNNING or (self.state is State.HOLDING and not self.inputs.problems(self._timeline.now_ns))
+
+    def _request(self, now_ns: int) -> None:
+        if self._in_flight is not None:
+            self.counters.requests_skipped += not self._replan_wanted
+            self._replan_wanted = True
+            return
+        request = _Request(self._epoch, self.inputs.snapshot(), now_ns)
+
+        def work() -> ActionChunk:
+            began = perf_counter()
+            observation = request.snapshot.decode()
+            request.decode_ms = 1e3 * (perf_counter() - began)
+            return self._infer(observation)
+
+        def done(result: Any) -> None:
+            request.result = result
+            self._wake()
+
+        self._replan_wanted = False
+        self._in_flight = request
+        if self._executor.submit(work, done):
+            self.counters.observations += 1
+        else:  # a request of an earlier epoch may still hold the thread
+            self._in_flight = None
+            self._replan_wanted = True
+            self.counters.requests_skipped += 1
+
+    def _digest(self, request: _Request, now_ns: int) -> None:
+        error = request.result.error
+        if isinstance(error, ObservationError):
+            self._plan_problem = str(error)
+            return
+        if error is not None:
+            self.fault(now_ns, f'inference failed: {type(error).__name__}: {error}')
+            return
+        chunk: ActionChunk = request.result.value
+        began = perf_counter()
+        commanded = self._commanded(now_ns)
+        try:
+            plan = self._planner.plan(chunk, now_ns, commanded)
+        except ValueError as mismatch:  # the chunk does not fit the robot at all, which no later chunk will mend
+            self.fault(now_ns, f'the policy does not fit the robot file: {mismatch}')
+            return
+        stages = {'decode': request.decode_ms, **chunk.stages_ms, 'plan': 1e3 * (perf_counter() - began)}
+        self.counters.chunks += 1
+        self._timeline.chunk_times.append(now_ns)
+        if plan.trajectory is not None:
+            self._publish(plan.trajectory, commanded)
+            self._plan_problem = ''
+            self._has_run = True
+        else:
+            self.counters.trajectories_rejected += 1
+            self._plan_problem = f'chunk {chunk.sequence} was refused: {plan.reason}'
+        latency_ms = (now_ns - chunk.observation_stamp_ns) / 1e6
+        self._latencies.append(latency_ms)
+        actuated = plan.trajectory is not None and not self.settings.dry_run
+        self._listener.on_chunk(ChunkReport(chunk, plan, actuated, request.snapshot.input_stamps, stages, latency_ms))
+
+    def _publish(self, trajectory: JointTrajectory, commanded: CommandedMotion) -> None:
+        actuate = not self.settings.dry_run
+        if actuate:
+            commanded.accept(trajectory)
+            self.counters.trajectories_published += 1
+        self._listener.on_trajectory(trajectory, actuate=actuate)
+
+    def _commanded(self, now_ns: int) -> CommandedMotion:
+        """The commanded motion; a new one begins at rest where the controllers hold the robot, else where it was measured."""
+        if self._timeline.commanded is None or self.settings.dry_run:
+            self._timeline.commanded = CommandedMotion.from_rest(self.robot.action.joints, self._anchor(now_ns), now_ns)
+        return self._timeline.commanded
+
+    def _anchor(self, now_ns: int) -> NDArray[np.float64]:
+        state = self.inputs.state
+        if state is None:
+            raise RuntimeError('a motion cannot start without a measured joint state')
+        if self._controller_reference is not None and not self.settings.dry_run:
+            positions, stamp_ns = self._controller_reference
+            if 0 <= now_ns - stamp_ns <= round(self.robot.timing.max_state_age * NS_PER_S):
+                return positions
+        return self.robot.action_positions(state[0])
+
+    def _brake(self, now_ns: int) -> None:
+        commanded = self._timeline.commanded
+        if commanded is None or self.settings.dry_run or not self.active:
+            return
+        try:
+            trajectory = self._planner.brake(now_ns, commanded)
+        except LimitExceeded as problem:
+            self._listener.on_warning(f'{problem}; the last trajectory comes to rest by itself')
+            return
+        if trajectory is not None:
+            self._publish(trajectory, commanded)
+
+    def _watch_inference(self, now_ns: int) -> None:
+        age = self.inference_age(now_ns)
+        if age > self.settings.max_inference_time:
+            limit = self.settings.max_inference_time
+            self._plan_problem = f'inference has taken {age:.1f} s (limit {limit:g} s): is the device overloaded?'
+
+    def _watch_following(self, now_ns: int) -> None:
+        """Stop when the robot is not where it was commanded to be: it was stopped, blocked, or another node commands it."""
+        commanded, state = self._timeline.commanded, self.inputs.state
+        if commanded is None or state is None or self.settings.dry_run or state[1] < commanded.since_ns:
+            return
+        measured = self.robot.action_positions(state[0])
+        expected, _ = commanded.sample(state[1])
+        for joint, difference in zip(self.robot.action.joints, np.abs(expected - measured), strict=True):
+            limit = self.robot.limits[joint].following_error
+            if limit is not None and difference > limit:
+                # No braking trajectory: it would start from a state that the robot is not in. The last one's tail rests.
+                self._stop_reason = (
+                    f'joint {joint!r} is {difference:.3f} from where it was commanded (limit {limit:g}): '
+                    'is the controller active and the robot free? then call ~/reset'
+                )
+                self._new_epoch()
+                return
+
+    def _advance(self, now_ns: int) -> int:
+        """The runtime's time: stands still over a small step back of the clock, starts anew after a jump back."""
+        if now_ns < self._timeline.now_ns - _CLOCK_JUMP_NS:
+            self._restart_timeline(now_ns)
+        self._timeline.now_ns = max(now_ns, self._timeline.now_ns)
+        return self._timeline.now_ns
+
+    def _forget_motion_at_rest(self, now_ns: int) -> None:
+        """A robot at rest may have been moved by others since; one still braking continues from its commanded motion."""
+        commanded = self._timeline.commanded
+        if commanded is not None and commanded.at_rest(now_ns):
+            self._timeline.commanded = None
+
+    def _restart_timeline(self, now_ns: int) -> None:
+        # Nothing is sent: the robot may stand elsewhere on the new time line, and the last trajectory rests by itself.
+        self.inputs.clear()
+        if self._in_flight is not None:
+            self._in_flight.started_ns = now_ns
+        self._timeline = _Timeline(now_ns=now_ns)
+        self._controller_reference = None
+        self._has_run = False
+        self._new_epoch()
+
+    def _new_epoch(self) -> None:
+        """Results of requests made before now will be dropped."""
+        self._epoch += 1
+        self._replan_wanted = False
+
+    def _update_state(self, now_ns: int) -> None:
+        state, reason = self._judge(now_ns)
+        if self.state is State.RUNNING and state is not State.RUNNING and self.inputs.problems(now_ns):
+            self._brake(now_ns)
+            self._epoch += 1  # a chunk in flight must not end the braking
+        if (state, reason) != (self.state, self.reason):
+            changed = state is not self.state or _kind(reason) != _kind(self.reason)
+            self.state, self.reason = state, reason
+            if changed:
+                self._listener.on_state(state, reason)
+
+    def _judge(self, now_ns: int) -> tuple[State, str]:
+        if self._fault_reason:
+            return State.FAULT, self._fault_reason
+        if self._stop_reason:
+            return State.STOPPED, self._stop_reason
+        problems = self.inputs.problems(now_ns)
+        if not self.active:
+            return (State.WAITING, '; '.join(problems)) if problems else (State.READY, 'inputs complete, not active')
+        if problems:
+            return (State.HOLDING if self._has_run else State.WAITING), '; '.join(problems)
+        if self._plan_problem:
+            return State.HOLDING, self._plan_problem
+        return State.RUNNING, ''
+
+
+def _kind(reason: str) -> tuple[str, ...]:
+    """What a reason is about, without its values: a growing age or another refused number is not a new reason."""
+    return tuple(''.join(c for c in part.split(':')[0] if not c.isdigit()) for part in reason.split('; '))
