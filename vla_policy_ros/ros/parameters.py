@@ -1,0 +1,78 @@
+"""The node parameters: how to run today. Declared once here; the reference page and the YAML defaults are checked against it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+from rclpy.node import Node
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter: default (which fixes the type), what it means, its inclusive range, and when it may change."""
+
+    name: str
+    default: str | float | int | bool
+    description: str
+    range: tuple[float, float] | None = None
+    when: str = 'before configure'  # 'before configure' | 'while inactive' | 'any time'
+
+    def descriptor(self) -> ParameterDescriptor:
+        """The rcl_interfaces descriptor."""
+        descriptor = ParameterDescriptor(description=f'{self.description} Changes {self.when}.')
+        if self.range is not None and isinstance(self.default, float):
+            descriptor.floating_point_range = [FloatingPointRange(from_value=self.range[0], to_value=self.range[1], step=0.0)]
+        elif self.range is not None:
+            descriptor.integer_range = [IntegerRange(from_value=int(self.range[0]), to_value=int(self.range[1]), step=0)]
+        return descriptor
+
+
+PARAMETERS: tuple[Parameter, ...] = (
+    Parameter('robot_file', '', 'Path of the robot file (YAML), or the name of a shipped one.'),
+    Parameter('checkpoint', '', 'Folder of the checkpoint, or the name of a shipped one.'),
+    Parameter('device', 'cpu', 'torch device that the policy runs on, such as cpu or cuda:0.'),
+    Parameter('dtype', 'float32', 'torch dtype of the weights: float32 or bfloat16.'),
+    Parameter('num_inference_steps', 0, 'Flow-matching integration steps; 0 takes the checkpoint\'s own number.', (0, 1000)),
+    Parameter('seed', -1, 'Seed of the sampling noise; -1 draws fresh noise.', (-1, 2**31 - 1)),
+    Parameter('torch_threads', 1, 'CPU threads of torch.', (1, 256)),
+    Parameter('replan_rate', 5.0, 'New action chunks wanted, Hz.', (0.1, 50.0), 'any time'),
+    Parameter('dry_run', False, 'Plan and preview, but send nothing to the controllers.', None, 'while inactive'),
+    Parameter('max_inference_time', 2.0, 'An inference that takes longer is reported as a stall, s.', (0.05, 600.0), 'any time'),
+    Parameter(
+        'trajectory_stamp',
+        'start',
+        'header.stamp of trajectories. start: they join the commanded motion exactly where the clock says; needs a controller on the '
+        'same clock that does not blend replacements (Humble to Kilted). zero: they start on arrival; needs no common clock, but the '
+        'controller bridges to them with a velocity step at every replacement, and less than half of the velocity limits is used.',
+    ),
+    Parameter('transport_delay', 0.03, 'Longest delay of a trajectory message to the controller, s.', (0.0, 1.0)),
+    Parameter('status_rate', 5.0, 'PolicyStatus messages, Hz of wall time.', (0.1, 50.0)),
+    Parameter('autostart', False, 'Configure and activate without a lifecycle manager.'),
+)
+
+
+def declare(node: Node) -> None:
+    """Declare all parameters on ``node``."""
+    for parameter in PARAMETERS:
+        node.declare_parameter(parameter.name, parameter.default, parameter.descriptor())
+
+
+def values(node: Node) -> dict[str, Any]:
+    """The current value of every parameter."""
+    return {parameter.name: node.get_parameter(parameter.name).value for parameter in PARAMETERS}
+
+
+def refusal(changes: dict[str, Any], *, configured: bool, active: bool) -> str | None:
+    """Why a set of changes may not happen now, as a sentence, or None."""
+    known = {parameter.name: parameter for parameter in PARAMETERS}
+    for name in changes:
+        parameter = known.get(name)
+        if parameter is None or parameter.when == 'any time':
+            continue
+        if active:
+            return f'{name} cannot change while the node is active; deactivate it first'
+        if configured and parameter.when == 'before configure':
+            return f'{name} cannot change while the node is configured; clean it up first'
+    return None

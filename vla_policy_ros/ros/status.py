@@ -1,0 +1,95 @@
+"""What the node tells about itself: PolicyStatus and /diagnostics."""
+
+from __future__ import annotations
+
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from std_msgs.msg import Header
+
+from vla_policy_msgs.msg import PolicyStatus
+from vla_policy_ros.ros.messages import to_input_status, to_time
+from vla_policy_ros.runtime import PolicyRuntime, State
+
+_LEVELS = {
+    State.WAITING: DiagnosticStatus.WARN,
+    State.READY: DiagnosticStatus.OK,
+    State.RUNNING: DiagnosticStatus.OK,
+    State.HOLDING: DiagnosticStatus.WARN,
+    State.STOPPED: DiagnosticStatus.WARN,
+    State.FAULT: DiagnosticStatus.ERROR,
+}
+
+
+def policy_status(runtime: PolicyRuntime, now_ns: int, lifecycle_state: str, hashes: tuple[str, str]) -> PolicyStatus:
+    """The status of a configured node."""
+    counters, settings = runtime.counters, runtime.settings
+    return PolicyStatus(
+        header=Header(stamp=to_time(now_ns)),
+        state=int(runtime.state),
+        state_name=runtime.state.name,
+        reason=runtime.reason,
+        lifecycle_state=lifecycle_state,
+        dry_run=settings.dry_run,
+        instruction=runtime.inputs.instruction,
+        replan_rate=settings.replan_rate,
+        chunk_rate=runtime.chunk_rate(now_ns),
+        observations=counters.observations,
+        chunks=counters.chunks,
+        trajectories_published=counters.trajectories_published,
+        trajectories_rejected=counters.trajectories_rejected,
+        requests_skipped=counters.requests_skipped,
+        inference_in_flight=runtime.inference_in_flight,
+        inference_age=runtime.inference_age(now_ns),
+        latency_p50_ms=runtime.latency_percentile(50),
+        latency_p99_ms=runtime.latency_percentile(99),
+        commanded_until=runtime.commanded_until(now_ns),
+        inputs=[to_input_status(health) for health in runtime.inputs.health(now_ns)],
+        checkpoint_hash=hashes[0],
+        stats_hash=hashes[1],
+    )
+
+
+def unconfigured_status(now_ns: int, lifecycle_state: str, fault: str) -> PolicyStatus:
+    """The status of a node without a runtime: waiting to be configured, or unable to be."""
+    state = State.FAULT if fault else State.WAITING
+    reason = fault or 'not configured'
+    return PolicyStatus(
+        header=Header(stamp=to_time(now_ns)),
+        state=int(state),
+        state_name=state.name,
+        reason=reason,
+        lifecycle_state=lifecycle_state,
+    )
+
+
+def diagnostics(status: PolicyStatus, node_name: str, hardware_id: str) -> DiagnosticArray:
+    """The same as diagnostic_msgs: one row for the policy, one per input."""
+    fields = (
+        'lifecycle_state', 'dry_run', 'instruction', 'replan_rate', 'chunk_rate', 'observations', 'chunks',
+        'trajectories_published', 'trajectories_rejected', 'requests_skipped', 'latency_p50_ms', 'latency_p99_ms',
+        'checkpoint_hash', 'stats_hash',
+    )  # fmt: skip
+    rows = [
+        DiagnosticStatus(
+            level=_LEVELS[State(status.state)],
+            name=f'{node_name}: policy',
+            message=f'{status.state_name}: {status.reason}' if status.reason else status.state_name,
+            hardware_id=hardware_id,
+            values=[KeyValue(key=field, value=str(getattr(status, field))) for field in fields],
+        )
+    ]
+    for health in status.inputs:
+        rows.append(
+            DiagnosticStatus(
+                level=DiagnosticStatus.OK if health.ok else DiagnosticStatus.WARN,
+                name=f'{node_name}: {health.name}',
+                message=health.reason or 'ok',
+                hardware_id=hardware_id,
+                values=[
+                    KeyValue(key='topic', value=health.topic),
+                    KeyValue(key='rate_hz', value=f'{health.rate:.2f}'),
+                    KeyValue(key='age_s', value=f'{health.age:.3f}'),
+                    KeyValue(key='max_age_s', value=f'{health.max_age:.3f}'),
+                ],
+            )
+        )
+    return DiagnosticArray(header=status.header, status=rows)
