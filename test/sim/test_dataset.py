@@ -1,0 +1,107 @@
+"""Training examples are what the live node would see, and what they say about the target is true of the pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vla_policy_ros.robot import Robot, load_robot
+from vla_policy_ros.sim.dataset import RobotMismatch, examples
+from vla_policy_ros.sim.instructions import parse_instruction
+from vla_policy_ros.sim.scene import COLOURS, sample_scene
+
+ROBOT = load_robot(Path(__file__).parents[2] / 'config/robots/tabletop.yaml')
+
+
+@pytest.fixture(scope='module')
+def batch():
+    return list(examples(ROBOT, seed=1, count=90))
+
+
+def test_shapes_and_units(batch):
+    for example in batch:
+        observation = example.observation
+        assert tuple(observation.cameras) == ROBOT.camera_names
+        for view in observation.cameras.values():
+            assert view.rgb.shape == (480, 640, 3) and view.rgb.dtype == np.uint8 and view.rgb.flags.c_contiguous
+            assert view.K.shape == (3, 3) and view.stamp_ns == observation.stamp_ns
+        assert observation.state.shape == (len(ROBOT.state.names),)
+        assert example.actions.shape == (ROBOT.action.horizon, 7) and example.actions.dtype == np.float64
+
+
+def test_a_scene_gives_one_example_per_object_on_the_same_pixels(batch):
+    for start in range(0, len(batch), 3):
+        trio = batch[start : start + 3]
+        assert len({example.scene_id for example in trio}) == 1
+        assert all(e.observation.cameras['scene'].rgb is trio[0].observation.cameras['scene'].rgb for e in trio)
+        assert len({e.observation.instruction for e in trio}) == 3
+        assert not np.allclose(trio[0].actions[-1], trio[1].actions[-1])
+
+
+def test_target_pixel_shows_the_named_colour(batch):
+    checked = 0
+    for example in batch:
+        target = parse_instruction(example.observation.instruction, sample_scene(example.scene_id).objects).object
+        wanted = np.array(COLOURS[target.colour]) - np.mean(COLOURS[target.colour])
+        for camera, pixel in example.target_pixels.items():
+            if pixel is None:
+                continue
+            u, v = (round(value) for value in pixel)
+            shown = example.observation.cameras[camera].rgb[v, u].astype(float)
+            chroma = shown - shown.mean()
+            cosine = chroma @ wanted / (np.linalg.norm(chroma) * np.linalg.norm(wanted) + 1e-9)
+            assert cosine > 0.9, (example.observation.instruction, camera, pixel, shown)
+            checked += 1
+    assert checked > 100
+
+
+def test_every_camera_sees_most_targets(batch):
+    for camera, least in (('scene', 0.85), ('wrist', 0.35)):
+        assert np.mean([example.target_pixels[camera] is not None for example in batch]) > least
+
+
+def test_actions_continue_the_state_and_respect_the_speed_promise(batch):
+    speed = 0.45 * min(limit.velocity for limit in ROBOT.limits.values()) * ROBOT.action.period
+    for example in batch:
+        assert np.abs(example.actions[0] - example.observation.state).max() < speed + 0.012  # plus measurement noise
+        assert np.abs(np.diff(example.actions, axis=0)).max() <= speed
+
+
+def test_some_examples_rest_at_the_goal_and_some_travel(batch):
+    travel = np.array([np.abs(example.actions[-1] - example.observation.state).max() for example in batch])
+    assert (travel < 0.08).mean() > 0.08
+    assert (travel > 0.3).mean() > 0.3
+
+
+def test_the_stream_is_reproducible_and_seeds_differ(batch):
+    again = list(examples(ROBOT, seed=1, count=4))
+    for a, b in zip(batch, again, strict=False):
+        assert a.observation.instruction == b.observation.instruction
+        assert np.array_equal(a.actions, b.actions) and np.array_equal(a.observation.state, b.observation.state)
+        assert np.array_equal(a.observation.cameras['wrist'].rgb, b.observation.cameras['wrist'].rgb)
+    other = next(iter(examples(ROBOT, seed=2, count=1)))
+    assert other.scene_id not in {example.scene_id for example in batch}
+
+
+def test_joint_and_camera_order_follow_the_robot_file(batch):
+    data = ROBOT.model_dump()
+    data['state']['joints'] = data['state']['joints'][::-1]
+    data['action']['joints'] = data['action']['joints'][::-1]
+    data['cameras'] = {'wrist': data['cameras']['wrist']}
+    data['state']['fields'] = ('position', 'velocity')
+    example = next(iter(examples(Robot.model_validate(data), seed=1, count=1)))
+    assert tuple(example.observation.cameras) == ('wrist',) == tuple(example.target_pixels)
+    assert np.array_equal(example.actions, batch[0].actions[:, ::-1])
+    assert np.array_equal(example.observation.state[:7], batch[0].observation.state[::-1])
+
+
+def test_a_robot_that_the_arm_cannot_play_is_named():
+    data = ROBOT.model_dump()
+    data['cameras']['left'] = data['cameras'].pop('wrist')
+    data['state']['fields'] = ('position', 'effort')
+    with pytest.raises(RobotMismatch, match=r"camera 'left'.*state field 'effort'.*scene, wrist"):
+        examples(Robot.model_validate(data), seed=0, count=1)
+    with pytest.raises(ValueError, match='seed >= 0'):
+        examples(ROBOT, seed=-1, count=1)
