@@ -67,7 +67,7 @@ class PolicyNode(LifecycleNode):
         self._command_publishers: dict[str, Any] = {}
         self._preview_publishers: dict[str, Any] = {}
         self._emission: Emission | None = None
-        self._fault = ''
+        self.fault = ''
         self._interrupted = threading.Event()
         self._clock_seen = (0, monotonic())
 
@@ -86,14 +86,16 @@ class PolicyNode(LifecycleNode):
         values = parameters.values(self)
         try:
             robot = self._load_robot(values)
+            slowest = min(controller.update_rate for controller in robot.controllers.values())
+            self._emission = Emission.for_controller(slowest, values['trajectory_stamp'], 1e3 * values['transport_delay'])
             self._load_policy(robot, values)
         except Exception as error:  # whatever is wrong with the files must end in a sentence, not in a dead node
             self._release()
-            self._fault = f'cannot configure: {error}'
-            self.get_logger().error(self._fault)
+            self.fault = f'cannot configure: {error}'
+            self.get_logger().error(self.fault)
             self.publish_status()
             return TransitionCallbackReturn.FAILURE
-        self._fault = ''
+        self.fault = ''
         self._start(robot, values)
         self.publish_status()
         return super().on_configure(state)
@@ -117,7 +119,7 @@ class PolicyNode(LifecycleNode):
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Free the policy and everything that configure made."""
         self._release()
-        self._fault = ''
+        self.fault = ''
         return super().on_cleanup(state)
 
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -128,7 +130,7 @@ class PolicyNode(LifecycleNode):
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
         """An error in a transition: free everything and stay unconfigured, in FAULT."""
         self.brake_and_release()
-        self._fault = self._fault or 'a lifecycle transition failed; see the log'
+        self.fault = self.fault or 'a lifecycle transition failed; see the log'
         return TransitionCallbackReturn.SUCCESS
 
     def autostart(self) -> None:
@@ -194,9 +196,7 @@ class PolicyNode(LifecycleNode):
 
     def _start(self, robot: Robot, values: dict[str, Any]) -> None:
         """Build the loop and connect it to topics, services and timers."""
-        assert self._policy is not None and self._executor_thread is not None
-        slowest = min(controller.update_rate for controller in robot.controllers.values())
-        self._emission = Emission.for_controller(slowest, values['trajectory_stamp'], 1e3 * values['transport_delay'])
+        assert self._policy is not None and self._executor_thread is not None and self._emission is not None
         planner = TrajectoryPlanner(JointLimits.from_robot(robot), self._emission)
         settings = Settings(values['replan_rate'], values['dry_run'], values['max_inference_time'])
         self._runtime = PolicyRuntime(
@@ -319,7 +319,7 @@ class PolicyNode(LifecycleNode):
         """Publish PolicyStatus and diagnostics now."""
         now_ns, lifecycle_state = self.now_ns(), self._state_machine.current_state[1]
         if self._runtime is None or self._policy is None:
-            message = status.unconfigured_status(now_ns, lifecycle_state, self._fault)
+            message = status.unconfigured_status(now_ns, lifecycle_state, self.fault)
         else:
             hashes = (self._policy.checkpoint_hash, self._policy.stats_hash)
             message = status.policy_status(self._runtime, now_ns, lifecycle_state, hashes)
