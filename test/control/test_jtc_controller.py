@@ -260,6 +260,7 @@ def test_cmd_timeout_counts_from_the_last_point_and_holds_the_measured_position_
     assert cell.position == 1.0
     assert cell.cycle().positions[0] == pytest.approx(0.95)
     assert cell.controller.is_holding
+    assert cell.cycle(200).positions[0] == pytest.approx(0.95), 'it does not time out again and creep'
 
 
 def test_cmd_timeout_is_silently_disabled_when_it_does_not_exceed_goal_time() -> None:
@@ -288,6 +289,13 @@ def test_a_path_tolerance_violation_stops_a_topic_trajectory_at_the_measured_pos
     assert cell.position == pytest.approx(stuck)
     cell.cycle(50)
     assert len(set(cell.positions()[-40:])) == 1
+
+
+def test_the_path_tolerance_is_checked_on_the_first_sample_even_when_it_is_the_last_point() -> None:
+    cell = Cell(trajectory_tolerance={'a': 0.1})
+    cell.send(message(point(0, 1.0)))
+    cell.cycle(5)
+    assert np.all(cell.positions() == 0.0) and cell.controller.is_holding
 
 
 def test_a_path_tolerance_violation_aborts_a_goal_and_writes_no_new_command() -> None:

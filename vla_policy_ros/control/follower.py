@@ -5,8 +5,8 @@ of its ends, its acceleration is one number, and the controller's cubic through 
 What holds at the knots therefore holds on the curve.
 
 Each step chooses the next velocity: the desired one plus a correction of the error, then cut to the speed limit, to the speed
-from which the arm can still stop before a position limit, and to what the acceleration limit can reach. The last two never
-contradict each other, because "brake as hard as allowed" satisfies both from any state they led to.
+from which the arm can still stop before a position limit, and to what the acceleration limit can reach. The acceleration has
+the last word; that never costs a position limit, because full braking keeps it from any state that these cuts led to.
 """
 
 from __future__ import annotations
@@ -110,10 +110,11 @@ class Follower:
     def _advance(self, wanted: Array) -> None:
         position, velocity = self._positions[-1], self._velocities[-1]
         step, gain = self._step, self._gain
-        # Highest speed towards each position limit after this step from which full braking still stops before it.
+        # Speed towards each position limit after this step from which full braking on the grid surely stops before it:
+        # v'^2 / 2a plus at most one chord's sagitta, solved for v'.
         room = self._bounds - self._signs * (position + (0.5 * step) * velocity)
         stoppable = np.sqrt(self._twice * np.maximum(room, 0.0)) - self._half_gain
-        allowed = np.maximum(stoppable, np.maximum(self._signs * velocity - gain, 0.0))
+        allowed = np.maximum(stoppable, 0.0)
         chosen = np.minimum(np.maximum(wanted, -self._speed), self._speed)
         chosen = np.minimum(np.maximum(chosen, -allowed[1]), allowed[0])
         chosen = np.minimum(np.maximum(chosen, velocity - gain), velocity + gain)

@@ -116,7 +116,7 @@ class Emission:
             lead_ns = max(2 * period_ns, transport_ns)
             return cls('start', lead_ns, transport_ns, period_ns, velocity_fraction=1.0)
         lead_ns = max(10 * period_ns, round(2.5 * transport_ns))
-        return cls('zero', lead_ns, transport_ns, period_ns)
+        return cls(stamp, lead_ns, transport_ns, period_ns)
 
     def header_stamp_ns(self, trajectory: JointTrajectory) -> int:
         """What to put into ``header.stamp`` of the message that carries ``trajectory``."""
