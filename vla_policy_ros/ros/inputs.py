@@ -68,7 +68,9 @@ class Inputs:
         self._subscribe(JointState, robot.state.topic, qos.STATE, runtime.inputs.put_joint_state)
         # A latched subscription does not match a volatile publisher (`ros2 topic pub`); a volatile one misses what was latched.
         for profile in (qos.LATCHED, qos.COMMAND):
-            self._subscribe(String, robot.instruction.topic, profile, lambda m, t: runtime.instruct(m.data, t))
+            self._subscribe(
+                String, robot.instruction.topic, profile, lambda m, t: runtime.instruct(m.data, t), needs_clock=False
+            )
         for controller in robot.controllers.values():
             if controller.state_topic:
                 put_state = lambda m, t, c=controller: self._put_controller_state(c, m, t)  # noqa: E731
@@ -80,10 +82,12 @@ class Inputs:
             self._node.destroy_subscription(subscription)
         self._handles = []
 
-    def _subscribe(self, kind: type, topic: str, profile: Any, put: Callable[[Any, int], str | None]) -> None:
+    def _subscribe(
+        self, kind: type, topic: str, profile: Any, put: Callable[[Any, int], str | None], needs_clock: bool = True
+    ) -> None:
         def callback(message: Any) -> None:
             now_ns = self._now()
-            if now_ns > 0:
+            if now_ns > 0 or not needs_clock:  # a latched instruction comes once, possibly before simulated time begins
                 self._log.warn(put(message, now_ns))
 
         self._handles.append(self._node.create_subscription(kind, topic, callback, profile))

@@ -323,7 +323,8 @@ class PolicyNode(LifecycleNode):
         else:
             hashes = (self._policy.checkpoint_hash, self._policy.stats_hash)
             message = status.policy_status(self._runtime, now_ns, lifecycle_state, hashes)
-        message.reason = self._clock_problem(now_ns) or message.reason
+        if message.state != int(State.FAULT):
+            message.reason = self._clock_problem(now_ns) or message.reason
         self._status_publisher.publish(message)
         hardware_id = '' if self._runtime is None else self._runtime.robot.name
         self._diagnostics_publisher.publish(status.diagnostics(message, self.get_fully_qualified_name(), hardware_id))

@@ -1,0 +1,151 @@
+"""The command line `vla-policy`: a thin door to each room, which is imported when its command runs.
+
+Enters: arguments. Leaves: an exit code: 0 done, 1 ran but failed, 2 could not begin. Main thread.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vla_policy_ros import __version__
+
+app = typer.Typer(
+    help='A 3D vision-language-action policy as a ROS 2 node.',
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# The rooms behind these commands have parsers of their own, so that they also run without this module.
+_PASS_THROUGH = {'allow_extra_args': True, 'ignore_unknown_options': True}
+
+RobotOption = Annotated[str, typer.Option(help='Robot file: a path, or the name of a shipped one.')]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f'vla_policy_ros {__version__}')
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option('--version', callback=_print_version, is_eager=True, help='Print the version.')] = False,
+) -> None:
+    """Options that belong to no command."""
+
+
+@contextmanager
+def _sentence_instead_of_traceback(*errors: type[Exception]) -> Iterator[None]:
+    """End with exit code 2 and the message alone where one of ``errors``, whose messages are written for operators, is raised."""
+    try:
+        yield
+    except errors as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from error
+
+
+@app.command()
+def demo(
+    headless: Annotated[bool, typer.Option('--headless', help='No live panel: lines of text, for machines and logs.')] = False,
+    seconds: Annotated[float, typer.Option(min=1.0, max=3600.0, help='How long, in simulated seconds.')] = 30.0,
+    json_file: Annotated[Path | None, typer.Option('--json', help='Also write the summary to this file.')] = None,
+    out: Annotated[Path, typer.Option(help='Folder for video, bag, logs and summary; former ones are replaced.')] = Path('demo'),
+    instruction: Annotated[str | None, typer.Option(help='One instruction for the whole run; else each object in turn.')] = None,
+    seed: Annotated[int, typer.Option(min=0, help='Which scene.')] = 14,
+    checkpoint: Annotated[str, typer.Option(help='Checkpoint: a folder, or the name of a shipped one.')] = 'tabletop',
+    robot: RobotOption = 'tabletop',
+    rate: Annotated[float, typer.Option(min=0.1, max=50.0, help='Action chunks per second.')] = 5.0,
+    realtime_factor: Annotated[
+        float, typer.Option(min=0.05, max=1.0, help='Simulated seconds per second: below 1 for a machine that infers slowly.')
+    ] = 1.0,
+    dry_run: Annotated[bool, typer.Option('--dry-run', help='Plan and preview, but send nothing to the controllers.')] = False,
+) -> None:
+    """Run a simulated arm and the policy in a closed loop; write video, bag and summary."""
+    from vla_policy_ros.demo.session import DemoOptions, run_demo
+    from vla_policy_ros.resources import ResourceError, checkpoint_path, robot_path
+
+    with _sentence_instead_of_traceback(ResourceError, ValueError):
+        options = DemoOptions(
+            headless=headless,
+            seconds=seconds,
+            json_file=json_file,
+            out=out,
+            instruction=instruction,
+            seed=seed,
+            checkpoint=checkpoint_path(checkpoint),
+            robot_file=robot_path(robot),
+            rate=rate,
+            realtime_factor=realtime_factor,
+            dry_run=dry_run,
+        )
+        raise typer.Exit(run_demo(options))
+
+
+@app.command()
+def new(
+    robot: RobotOption,
+    out: Annotated[Path, typer.Option(help='Folder of the new checkpoint; it must not hold one already.')],
+    preset: Annotated[str, typer.Option(help='Size of the network, such as tiny.')] = 'tiny',
+    seed: Annotated[int, typer.Option(min=0, help='Seed of the weights.')] = 0,
+) -> None:
+    """Make a fresh, untrained checkpoint that fits a robot file."""
+    from vla_policy_ros.resources import robot_path
+    from vla_policy_ros.robot import load_robot
+
+    with _sentence_instead_of_traceback(OSError, ValueError):
+        if out.is_dir() and any(out.iterdir()):
+            raise ValueError(f'{out} is not empty; give a new folder, so that no checkpoint is overwritten')
+        resolved = load_robot(robot_path(robot))
+
+        # Loads torch, which takes seconds: only now that everything else is known to be right.
+        from vla_policy_ros.policy import new_checkpoint
+
+        path = new_checkpoint(resolved, preset, out, seed)
+    typer.echo(f'{path}: preset {preset} for robot {resolved.name}, untrained. Try it with dry_run first.')
+
+
+@app.command()
+def check(robot: Annotated[str, typer.Argument(help='Robot file: a path, or the name of a shipped one.')]) -> None:
+    """Validate a robot file and print what it resolves to."""
+    from vla_policy_ros.resources import robot_path
+    from vla_policy_ros.robot import load_robot
+    from vla_policy_ros.robot_report import print_robot
+
+    with _sentence_instead_of_traceback(OSError, ValueError):
+        path = robot_path(robot)
+        print_robot(load_robot(path), path)
+
+
+@app.command(context_settings=_PASS_THROUGH, add_help_option=False)
+def train(context: typer.Context) -> None:
+    """Train a checkpoint on the simulated tabletop (train --help lists its options)."""
+    _run_module('vla_policy_ros.training', context.args)
+
+
+@app.command(context_settings=_PASS_THROUGH, add_help_option=False)
+def evaluate(context: typer.Context) -> None:
+    """Measure how often a checkpoint reaches the named object in simulation (evaluate --help lists its options)."""
+    _run_module('vla_policy_ros.training.evaluate', context.args)
+
+
+def _run_module(module: str, arguments: list[str]) -> None:
+    """Hand the rest of the command line to a module that parses it by itself."""
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name='__main__')
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+if __name__ == '__main__':
+    main()
