@@ -1,4 +1,7 @@
-"""What must happen when a part dies: the real simulator and the real node over DDS, with an untrained policy that never stands still."""
+"""What must happen when a part dies: the real simulator and the real node over DDS.
+
+The policy is untrained and draws fresh noise for every chunk, so that the arm never stands still by itself.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +22,9 @@ from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue  # noqa:
 from rcl_interfaces.srv import SetParameters  # noqa: E402
 from rclpy.executors import SingleThreadedExecutor  # noqa: E402
 from std_srvs.srv import Trigger  # noqa: E402
+
 from vla_policy_msgs.msg import ActionChunk, PolicyStatus  # noqa: E402
 from vla_policy_msgs.srv import SetInstruction  # noqa: E402
-
 from vla_policy_ros.demo.processes import Child  # noqa: E402
 from vla_policy_ros.policy import new_checkpoint  # noqa: E402
 from vla_policy_ros.robot import load_robot  # noqa: E402
@@ -126,7 +130,7 @@ def largest_acceleration_ratio(states: list[tuple[float, np.ndarray, np.ndarray]
     limits = np.array([ROBOT.limits[joint].acceleration for joint in ROBOT.action.joints])
     ratios = [
         np.max(np.abs(v1 - v0) / (t1 - t0) / limits)
-        for (t0, _, v0), (t1, _, v1) in zip(states, states[1:], strict=False)
+        for (t0, _, v0), (t1, _, v1) in pairwise(states)
         if t1 > t0
     ]
     return float(max(ratios))
@@ -147,7 +151,7 @@ def test_killing_the_policy_while_moving_ends_in_a_smooth_stop(rig: Rig) -> None
     assert np.abs(after[0][2]).max() > 0.1, 'the arm must be moving when the node dies'
     assert rests(after, 1.0)
     assert largest_acceleration_ratio(after) <= 1.02
-    steps = [np.abs(p1 - p0).max() for (_, p0, _), (_, p1, _) in zip(after, after[1:], strict=False)]
+    steps = [np.abs(p1 - p0).max() for (_, p0, _), (_, p1, _) in pairwise(after)]
     assert max(steps) < 0.1, 'no jump at the end'
 
 

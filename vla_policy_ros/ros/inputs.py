@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -61,20 +62,17 @@ class Inputs:
         self._references: dict[str, float] = {}
         for name, camera in robot.cameras.items():
             image_type = Image if camera.transport == 'raw' else CompressedImage
-            self._subscribe(image_type, camera.topic, qos.SENSOR, lambda m, t, n=name: runtime.inputs.put_image(n, m, t))
+            self._subscribe(image_type, camera.topic, qos.SENSOR, partial(runtime.inputs.put_image, name))
             if camera.camera_info:
-                put_info = lambda m, t, n=name: runtime.inputs.put_camera_info(n, m, t)  # noqa: E731
-                self._subscribe(CameraInfo, camera.camera_info, qos.SENSOR, put_info)
+                self._subscribe(CameraInfo, camera.camera_info, qos.SENSOR, partial(runtime.inputs.put_camera_info, name))
         self._subscribe(JointState, robot.state.topic, qos.STATE, runtime.inputs.put_joint_state)
         # A latched subscription does not match a volatile publisher (`ros2 topic pub`); a volatile one misses what was latched.
         for profile in (qos.LATCHED, qos.COMMAND):
-            self._subscribe(
-                String, robot.instruction.topic, profile, lambda m, t: runtime.instruct(m.data, t), needs_clock=False
-            )
+            self._subscribe(String, robot.instruction.topic, profile, self._put_instruction, needs_clock=False)
         for controller in robot.controllers.values():
             if controller.state_topic:
-                put_state = lambda m, t, c=controller: self._put_controller_state(c, m, t)  # noqa: E731
-                self._subscribe(controller_state_type(), controller.state_topic, qos.STATE, put_state)
+                put = partial(self._put_controller_state, controller)
+                self._subscribe(controller_state_type(), controller.state_topic, qos.STATE, put)
 
     def close(self) -> None:
         """Destroy the subscriptions."""
@@ -91,6 +89,9 @@ class Inputs:
                 self._log.warn(put(message, now_ns))
 
         self._handles.append(self._node.create_subscription(kind, topic, callback, profile))
+
+    def _put_instruction(self, message: Any, now_ns: int) -> str | None:
+        return self._runtime.instruct(message.data, now_ns)
 
     def _put_controller_state(self, controller: Controller, message: Any, now_ns: int) -> str | None:
         """Gather the reference positions of all controllers; hand them on when every action joint has one."""

@@ -43,9 +43,9 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter(
         'trajectory_stamp',
         'start',
-        'header.stamp of trajectories. start: they join the commanded motion exactly where the clock says; needs a controller on the '
-        'same clock that does not blend replacements (Humble to Kilted). zero: they start on arrival; needs no common clock, but the '
-        'controller bridges to them with a velocity step at every replacement, and less than half of the velocity limits is used.',
+        'header.stamp of trajectories. start: they join the commanded motion exactly where the clock says; needs a controller on '
+        'the same clock that does not blend replacements (Humble to Kilted). zero: they start on arrival; needs no common clock, '
+        'but the controller bridges to them with a velocity step each time, and less than half of the velocity limits is used.',
     ),
     Parameter('transport_delay', 0.03, 'Longest delay of a trajectory message to the controller, s.', (0.0, 1.0)),
     Parameter('status_rate', 5.0, 'PolicyStatus messages, Hz of wall time.', (0.1, 50.0)),
