@@ -161,7 +161,7 @@ class Timing(_Section):
     max_state_skew: PositiveSeconds = Field(
         0.2, description='Largest stamp difference between the newest image and the joint state, s.'
     )
-    max_future: PositiveSeconds = Field(0.1, description='A stamp further ahead of the clock than this is refused, s.')
+    max_future: PositiveSeconds = Field(0.05, description='A stamp further ahead of the clock than this is refused, s.')
 
 
 class Robot(_Section):

@@ -1,0 +1,43 @@
+# Two commands matter: `make demo` and `make test`. Both set up .venv first; a second run finds everything in place.
+
+SHELL := /bin/bash
+VENV := $(CURDIR)/.venv
+ARGS ?=
+PYTHON ?=
+
+# Another ROS installation in the shell would mix its modules with those of the wheels.
+unexport PYTHONPATH AMENT_PREFIX_PATH CMAKE_PREFIX_PATH COLCON_PREFIX_PATH _ROS_WHEELS_BOOTSTRAP_COMPLETE PYTHONHOME VIRTUAL_ENV
+
+# The environment of everything that runs: tools of .venv, shared memory large enough for raw images, nobody else's robot.
+RUN = export PATH="$(VENV)/bin:$$PATH" AMENT_PREFIX_PATH="$(VENV)" \
+	ROS_AUTOMATIC_DISCOVERY_RANGE="$${ROS_AUTOMATIC_DISCOVERY_RANGE:-LOCALHOST}" \
+	FASTRTPS_DEFAULT_PROFILES_FILE="$${FASTRTPS_DEFAULT_PROFILES_FILE:-$(CURDIR)/config/fastdds.xml}" \
+	MUJOCO_GL="$${MUJOCO_GL:-$$(cat $(VENV)/.setup/renderer)}" PYTHONUNBUFFERED=1;
+
+.PHONY: help setup demo test lint bench colcon clean
+
+help:  ## list the commands
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST)
+
+setup:  ## create or update .venv (PYTHON=/path/to/python chooses the interpreter)
+	@PYTHON="$(PYTHON)" .ci/setup.sh
+
+demo: setup  ## simulator and policy in a closed loop (ARGS='--headless --seconds 30 --json d.json')
+	@$(RUN) vla-policy demo $(ARGS)
+
+test: setup  ## run the tests (ARGS='-k packaging')
+	@$(RUN) export OMP_NUM_THREADS=1; python -m pytest $(ARGS)
+
+lint: setup  ## ruff and mypy
+	@$(RUN) ruff check . && mypy
+
+bench: setup  ## measure what each stage costs on this machine
+	@$(RUN) python benchmarks/stages.py $(ARGS)
+
+colcon: setup  ## build both packages as on a robot, into install/
+	@PYTHON="$(PYTHON)" .ci/setup.sh colcon
+	@$(RUN) export CMAKE_PREFIX_PATH="$(VENV)"; colcon build --base-paths . msg --event-handlers console_direct+ --cmake-args \
+		-DBUILD_TESTING=OFF -DCMAKE_PROJECT_INCLUDE=$(CURDIR)/.ci/ros_wheels.cmake $(ARGS)
+
+clean:  ## remove everything that the commands above made
+	rm -rf .venv build install log demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
