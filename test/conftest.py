@@ -48,3 +48,10 @@ def ros_domain(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
             yield domain
             return
     raise RuntimeError(f'all ROS domains {DOMAINS.start}..{DOMAINS.stop - 1} are taken by other tests on this machine')
+
+
+@pytest.fixture(autouse=True)
+def _dds_tests_are_private(request: pytest.FixtureRequest) -> None:
+    """A test marked ``dds`` that chose no domain gets one of its own: on the default one, others on this machine may answer."""
+    if request.node.get_closest_marker('dds') and 'ROS_DOMAIN_ID' not in os.environ:
+        request.getfixturevalue('ros_domain')

@@ -1,0 +1,499 @@
+"""The policy network: SigLIP and MapAnything towers, a Llama backbone, deep fusion with a flow-matching action expert.
+
+    pixels ─ vision_tower ─ vision_projector ─┐
+    pixels, K ─ geometry_encoder ─────────────┴ fusion ─ image tokens ┐
+    instruction ids ─ language_model.embed_tokens ────────── words ───┴ prefix ─ language_model ─ K, V of every layer
+    state, noisy actions, time ─ action_expert ─ suffix ─ language_model_with_expert (reads K, V) ─ velocity ─ action_expert
+
+Enters: token ids, images as RGB uint8 or [0, 1], intrinsics, state, and (in training) actions, all as `processing` makes them.
+Leaves: a loss, or a chunk of normalised actions. Whoever calls it owns the thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import initialization as init
+from transformers.models.siglip import SiglipVisionModel
+from transformers.utils import ModelOutput
+
+from vla_policy_ros.model.attention import additive_mask, block_attention_mask, position_ids_from_pad, prefix_block_starts
+from vla_policy_ros.model.configuration import MapAnythingLlava3DConfig
+from vla_policy_ros.model.deep_fusion import LLaVA3DWithActionExpertModel, PrefixCache
+from vla_policy_ros.model.flow_matching import FlowMatchingActionExpert
+from vla_policy_ros.model.fusion import GeometryFusion, unit_rgb, vision_pixels
+from vla_policy_ros.model.geometry import AlternatingAttention, GeometryTrunk, LayerScale, VisionTransformer
+from vla_policy_ros.model.initial import starts_as
+
+
+@dataclass
+class MapAnythingLlava3DOutput(ModelOutput):
+    """What `MapAnythingLlava3DForConditionalGeneration.forward` returns.
+
+    Attributes:
+        loss: float32 scalar: flow loss with ``actions``, cross entropy with ``labels``.
+        logits: language logits ``[B, Lp, vocab]``; None in the action path.
+        past_key_values: language cache; None in the action path.
+        hidden_states: prefix states where asked for; in the action path the inputs of layers 0 .. L - 1, ``[B, Lp, D]`` each.
+        attentions: language attentions; None in the action path.
+        image_hidden_states: fused image tokens ``[B, S, D]``, view-major, or None without images.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PrefixEmbeddings:
+    """Prefix tokens before the language model.
+
+    Attributes:
+        embeds: ``[B, Lp, D]``.
+        pad: bool ``[B, Lp]``, False at padding and at the tokens of absent cameras.
+        image_token_mask: bool ``[B, Lp]``.
+        image_features: ``[B, S, D]`` or None.
+    """
+
+    embeds: Tensor
+    pad: Tensor
+    image_token_mask: Tensor
+    image_features: Tensor | None
+
+
+@dataclass(frozen=True)
+class EncodedPrefix:
+    """All that sampling needs of one observation; made once per chunk by `encode_prefix`."""
+
+    cache: PrefixCache
+    attention_mask: Tensor
+    position_ids: Tensor
+    state: Tensor | None
+
+
+class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
+    """Vision, geometry, language and action in one model.
+
+    Every part may be passed in ready made, which is what makes small tests and partial replacements possible.
+
+    Args:
+        config: sizes and choices.
+        vision_tower: a SigLIP-like module with ``last_hidden_state``.
+        language_model: a Llama or Mistral model for causal language modelling.
+        mapanything_model: a module with the interface of `GeometryTrunk`.
+        projector_model: vision width to language width.
+    """
+
+    config_class = MapAnythingLlava3DConfig
+    base_model_prefix = ''
+    main_input_name = 'input_ids'
+    _supports_sdpa = True
+    _no_split_modules = ('LlamaDecoderLayer', 'SiglipEncoderLayer', 'Block')
+
+    def __init__(
+        self,
+        config: MapAnythingLlava3DConfig,
+        vision_tower: nn.Module | None = None,
+        language_model: nn.Module | None = None,
+        mapanything_model: nn.Module | None = None,
+        projector_model: nn.Module | None = None,
+    ) -> None:
+        super().__init__(config)
+        width = config.hidden_size
+        self.vision_tower: Any = vision_tower or SiglipVisionModel._from_config(config.vision_config)
+        self.vision_projector = projector_model or nn.Linear(config.vision_config.hidden_size, width)
+        self.geometry_encoder: Any = None
+        self.fusion: GeometryFusion | None = None
+        if config.geometry_config is not None:
+            self.geometry_encoder = mapanything_model or GeometryTrunk(config.geometry_config)
+            self.fusion = GeometryFusion(config)
+        self.language_model: Any = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        self.spatial_embed_tokens = nn.Embedding(config.spatial_token_num, width) if config.use_spatial_token else None
+        self.language_model_with_expert: LLaVA3DWithActionExpertModel | None = None
+        self.action_expert: FlowMatchingActionExpert | None = None
+        if config.expert_config is not None:
+            self.language_model_with_expert = LLaVA3DWithActionExpertModel(
+                self.language_model, config.expert_config, config.prefix_attention
+            )
+            self.action_expert = FlowMatchingActionExpert(self.language_model_with_expert, config.expert_config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Ordinary initialisation of the family, and an action expert that starts as the identity with zero velocity."""
+        super()._init_weights(module)
+        if isinstance(module, VisionTransformer):
+            init.normal_(module.cls_token, std=self.config.geometry_config.initializer_range)
+            init.normal_(module.pos_embed, std=self.config.geometry_config.initializer_range)
+        elif isinstance(module, GeometryTrunk):
+            init.normal_(module.scale_token, std=module.config.initializer_range)
+        elif isinstance(module, AlternatingAttention):
+            table = torch.tensor([0.0, 1.0]).repeat(module.view_pos_table.shape[1])[: module.view_pos_table.shape[1]]
+            init.copy_(module.view_pos_table, table[None])
+        elif isinstance(module, LayerScale):
+            init.ones_(module.gamma)
+        elif isinstance(module, nn.Linear):
+            self._init_special_start(module)
+
+    @staticmethod
+    def _init_special_start(module: nn.Linear) -> None:
+        """Projections that `starts_as` marked: zero, the identity of the first inputs, or a given standard deviation."""
+        start = starts_as(module)
+        if start is None:
+            return
+        if start == 'identity':
+            rows, columns = module.weight.shape
+            init.copy_(module.weight, torch.eye(rows, columns, dtype=module.weight.dtype, device=module.weight.device))
+        else:
+            init.normal_(module.weight, std=float(start))
+        if module.bias is not None:
+            init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, with every tensor moved to memory of its own.
+
+        The loader hands out slices of the mapped file. Matrix kernels round differently for such unaligned memory, and the mapping
+        would follow a file that is overwritten; with the copy a reloaded model answers bit for bit like the one that was saved.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+        return loaded
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The language model's word embedding."""
+        return self.language_model.get_input_embeddings()
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        intrinsic: Tensor | None = None,
+        intrinsic_mask: Tensor | None = None,
+        image_masks: Tensor | None = None,
+    ) -> Tensor:
+        """Fused image tokens ``[B, V * N, D]``, camera by camera, row by row.
+
+        Args:
+            pixel_values: RGB, uint8 or [0, 1], ``[B, V, 3, H, W]`` or, for one camera, ``[B, 3, H, W]``.
+            intrinsic: ``[B, V, 3, 3]`` or ``[B, 3, 3]`` in pixels of ``pixel_values``; None where nothing is calibrated.
+            intrinsic_mask: bool ``[B, V]``: cameras whose intrinsics are known; None is all.
+            image_masks: bool ``[B, V]``: cameras that are present; None is all.
+
+        Raises:
+            ValueError: shapes do not belong together, or pixel values break the contract.
+        """
+        if pixel_values.dim() == 4:
+            pixel_values = pixel_values[:, None]
+        side = self.config.vision_config.image_size
+        if pixel_values.dim() != 5 or tuple(pixel_values.shape[2:]) != (3, side, side):
+            raise ValueError(f'pixel_values are {tuple(pixel_values.shape)}; expected [batch, cameras, 3, {side}, {side}]')
+        batch, views = pixel_values.shape[:2]
+        intrinsic = self._check_views(batch, views, intrinsic, intrinsic_mask, image_masks)
+        rgb = unit_rgb(pixel_values)
+        vision = self.vision_tower(pixel_values=vision_pixels(rgb).flatten(0, 1).to(self.dtype)).last_hidden_state
+        tokens = self.vision_projector(vision).unflatten(0, (batch, views))
+        if self.fusion is not None and self.geometry_encoder is not None:
+            present = image_masks if image_masks is not None else rgb.new_ones((batch, views), dtype=torch.bool)
+            rays = intrinsic if self.config.use_rays else None
+            geometry = self.geometry_encoder(rgb, rays, intrinsic_mask, present)
+            tokens = self.fusion(tokens, geometry.patches, present)
+        return tokens.flatten(1, 2)
+
+    def _check_views(
+        self, batch: int, views: int, intrinsic: Tensor | None, intrinsic_mask: Tensor | None, image_masks: Tensor | None
+    ) -> Tensor | None:
+        for name, mask in (('intrinsic_mask', intrinsic_mask), ('image_masks', image_masks)):
+            if mask is not None and tuple(mask.shape) != (batch, views):
+                raise ValueError(f'{name} is {tuple(mask.shape)}; the images are [{batch}, {views}, ...]')
+        if intrinsic is None:
+            return None
+        if intrinsic.dim() == 3 and views == 1:
+            intrinsic = intrinsic[:, None]
+        if tuple(intrinsic.shape) != (batch, views, 3, 3):
+            raise ValueError(f'intrinsic is {tuple(intrinsic.shape)}; expected [{batch}, {views}, 3, 3]')
+        known = intrinsic if intrinsic_mask is None else intrinsic[intrinsic_mask]
+        if not bool(torch.isfinite(known).all()) or not bool((known[..., 0, 0] > 0).all() & (known[..., 1, 1] > 0).all()):
+            raise ValueError(
+                'intrinsic has non-finite entries or a focal length that is not positive; '
+                'clear intrinsic_mask for cameras without calibration'
+            )
+        return intrinsic
+
+    def embed_prefix(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        intrinsic: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        intrinsic_mask: Tensor | None = None,
+        image_masks: Tensor | None = None,
+        image_token_mask: Tensor | None = None,
+        image_token_index: int | None = None,
+        image_features: Tensor | None = None,
+    ) -> PrefixEmbeddings:
+        """Words and image tokens as one sequence.
+
+        ``image_features`` ``[B, S, D]`` replaces ``pixel_values`` where the caller has encoded the images already.
+
+        Raises:
+            ValueError: the number of image positions of a sample differs from the number of image tokens, batches differ, or an
+                id lies outside the vocabulary.
+        """
+        marker = self.config.image_token_index if image_token_index is None else image_token_index
+        is_image = input_ids == marker if image_token_mask is None else image_token_mask
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if attention_mask.shape != input_ids.shape or is_image.shape != input_ids.shape:
+            raise ValueError(
+                f'input_ids are {tuple(input_ids.shape)}, attention_mask {tuple(attention_mask.shape)}, '
+                f'image_token_mask {tuple(is_image.shape)}; they must agree'
+            )
+        words = torch.where(is_image, 0, input_ids)
+        vocabulary = self.config.text_config.vocab_size
+        if bool(((words < 0) | (words >= vocabulary)).any()):
+            raise ValueError(f'input_ids reach {int(words.min())}..{int(words.max())}; the vocabulary has {vocabulary} words')
+        embeds = self._embed_words(words)
+        if image_features is None and pixel_values is not None:
+            image_features = self.get_image_features(pixel_values, intrinsic, intrinsic_mask, image_masks)
+        pad = attention_mask.bool()
+        self._check_image_slots(is_image, image_features)
+        if image_features is not None:
+            embeds = embeds.masked_scatter(is_image[..., None], image_features.to(embeds.dtype))
+            if image_masks is not None:
+                per_view = image_features.shape[1] // image_masks.shape[1]
+                present = image_masks.bool().repeat_interleave(per_view, dim=1)
+                pad = pad & torch.ones_like(is_image).masked_scatter(is_image, present)
+        return PrefixEmbeddings(embeds, pad, is_image, image_features)
+
+    def _embed_words(self, words: Tensor) -> Tensor:
+        embeds = self.get_input_embeddings()(words)
+        if self.spatial_embed_tokens is None:
+            return embeds
+        begin, count = self.config.action_token_begin_idx, self.config.spatial_token_num
+        spatial = (words >= begin) & (words < begin + count)
+        rows = self.spatial_embed_tokens(torch.where(spatial, words - begin, 0))
+        return torch.where(spatial[..., None], rows.to(embeds.dtype), embeds)
+
+    @staticmethod
+    def _check_image_slots(is_image: Tensor, image_features: Tensor | None) -> None:
+        slots = is_image.sum(dim=1)
+        if image_features is None:
+            if bool(slots.any()):
+                raise ValueError(f'input_ids mark {int(slots.max())} image positions but no pixel_values are given')
+            return
+        if len(image_features) != len(is_image):
+            raise ValueError(f'input_ids have batch {len(is_image)}, the images have batch {len(image_features)}')
+        expected = image_features.shape[1]
+        if not bool((slots == expected).all()):
+            raise ValueError(f'input_ids mark {slots.tolist()} image positions per sample; the images make {expected} tokens')
+
+    def _build_joint_attention_inputs(
+        self,
+        prefix_embs: Tensor,
+        suffix_len: int,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        image_token_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mask and positions of prefix and suffix together.
+
+        Args:
+            prefix_embs: ``[B, Lp, D]``; gives sizes, device and dtype.
+            suffix_len: suffix tokens Ls.
+            attention_mask: prefix validity ``[B, Lp]``; None is all valid.
+            position_ids: ignored: positions always count valid tokens, so that padding cannot shift the suffix.
+            image_token_mask: needed for ``prefix_attention='image_bidirectional_text_causal'``.
+
+        Returns:
+            additive mask ``[B, 1, L, L]`` in the dtype of ``prefix_embs`` (0 = may look), positions ``[B, L]`` (long), prefix
+            validity ``[B, Lp]`` (bool).
+        """
+        layout = self._expert().layout
+        if suffix_len != layout.length:
+            raise ValueError(f'suffix_len is {suffix_len}; this expert has {layout.length} suffix tokens')
+        batch, length = prefix_embs.shape[:2]
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, length, device=prefix_embs.device)
+        prefix_pad = attention_mask.bool()
+        pad = torch.cat((prefix_pad, prefix_pad.new_ones(batch, suffix_len)), dim=1)
+        prefix_starts = prefix_block_starts(self.config.prefix_attention, prefix_pad, image_token_mask)
+        suffix_starts = torch.tensor(layout.block_starts(self.config.expert_config.suffix_attention), device=pad.device)
+        starts = torch.cat((prefix_starts, suffix_starts.expand(batch, -1)), dim=1)
+        mask = additive_mask(block_attention_mask(pad, starts), prefix_embs.dtype)
+        return mask, position_ids_from_pad(pad), prefix_pad
+
+    def _expert(self) -> FlowMatchingActionExpert:
+        if self.action_expert is None:
+            raise ValueError('this model has no action expert (config.expert_config is None); actions need one')
+        return self.action_expert
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        intrinsic: Tensor | None = None,
+        actions: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        image_token_index: int | None = None,
+        *,
+        state: Tensor | None = None,
+        intrinsic_mask: Tensor | None = None,
+        image_masks: Tensor | None = None,
+        image_token_mask: Tensor | None = None,
+        image_features: Tensor | None = None,
+        action_is_pad: Tensor | None = None,
+        noise: Tensor | None = None,
+        time: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        repeats: int = 1,
+    ) -> MapAnythingLlava3DOutput:
+        """Flow-matching loss where ``actions`` ``[B, T, A]`` are given, else the language model's causal forward.
+
+        In the action path the language logits are not computed, ``labels`` and ``position_ids`` are ignored, and the arguments from
+        ``action_is_pad`` on are those of `FlowMatchingActionExpert.compute_loss`.
+
+        Raises:
+            ValueError: shapes, counts or values do not fit; ``actions`` without an action expert.
+        """
+        if input_ids is None:
+            if inputs_embeds is None:
+                raise ValueError('give input_ids or inputs_embeds')
+            if pixel_values is not None:
+                raise ValueError('images are placed by input_ids; inputs_embeds alone cannot take pixel_values')
+            valid = torch.ones(inputs_embeds.shape[:2], device=inputs_embeds.device) if attention_mask is None else attention_mask
+            prefix = PrefixEmbeddings(inputs_embeds, valid.bool(), torch.zeros_like(valid, dtype=torch.bool), None)
+        else:
+            prefix = self.embed_prefix(
+                input_ids,
+                pixel_values,
+                intrinsic,
+                attention_mask,
+                intrinsic_mask=intrinsic_mask,
+                image_masks=image_masks,
+                image_token_mask=image_token_mask,
+                image_token_index=image_token_index,
+                image_features=image_features,
+            )
+        if actions is None:
+            return self._speak(prefix, labels, past_key_values, use_cache, output_attentions, output_hidden_states)
+        expert = self._expert()
+        if len(actions) != len(prefix.embeds):
+            raise ValueError(f'actions have batch {len(actions)}, the prefix has batch {len(prefix.embeds)}')
+        mask, positions, _ = self._build_joint_attention_inputs(
+            prefix.embeds, expert.layout.length, prefix.pad, image_token_mask=prefix.image_token_mask
+        )
+        done = expert.backbone.prefix_pass(prefix.embeds, mask, positions, cache_only=True)
+        loss = expert.compute_loss(
+            None,
+            actions,
+            state,
+            mask,
+            positions,
+            done.cache,
+            noise=noise,
+            time=time,
+            generator=generator,
+            action_is_pad=action_is_pad,
+            repeats=repeats,
+        )
+        hidden = done.hidden_states if output_hidden_states else None
+        return MapAnythingLlava3DOutput(loss=loss, hidden_states=hidden, image_hidden_states=prefix.image_features)
+
+    def _speak(
+        self,
+        prefix: PrefixEmbeddings,
+        labels: Tensor | None,
+        past_key_values: Any,
+        use_cache: bool | None,
+        output_attentions: bool | None,
+        output_hidden_states: bool | None,
+    ) -> MapAnythingLlava3DOutput:
+        spoken = self.language_model(
+            inputs_embeds=prefix.embeds,
+            attention_mask=prefix.pad.long(),
+            position_ids=position_ids_from_pad(prefix.pad),
+            labels=labels,
+            past_key_values=past_key_values,
+            use_cache=bool(use_cache),
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        return MapAnythingLlava3DOutput(
+            loss=spoken.loss,
+            logits=spoken.logits,
+            past_key_values=spoken.past_key_values,
+            hidden_states=spoken.hidden_states,
+            attentions=spoken.attentions,
+            image_hidden_states=prefix.image_features,
+        )
+
+    @torch.no_grad()
+    def encode_prefix(self, model_inputs: Mapping[str, Any]) -> EncodedPrefix:
+        """The part of `predict_action` that does not depend on noise: towers, prefix pass, masks and positions."""
+        inputs = dict(model_inputs)
+        state = inputs.pop('state', None)
+        prefix = self.embed_prefix(**inputs)
+        expert = self._expert()
+        mask, positions, _ = self._build_joint_attention_inputs(
+            prefix.embeds, expert.layout.length, prefix.pad, image_token_mask=prefix.image_token_mask
+        )
+        done = expert.backbone.prefix_pass(prefix.embeds, mask, positions, cache_only=True)
+        return EncodedPrefix(done.cache, mask, positions, state)
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        prefix: EncodedPrefix,
+        num_steps: int | None = None,
+        *,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """A chunk ``[B, T, A]``, float32 and normalised, from an encoded prefix."""
+        return self._expert().sample_actions(
+            None,
+            prefix.state,
+            num_steps,
+            prefix.attention_mask,
+            prefix.position_ids,
+            prefix.cache,
+            noise=noise,
+            generator=generator,
+        )
+
+    @torch.no_grad()
+    def predict_action(
+        self,
+        model_inputs: Mapping[str, Any],
+        num_steps: int | None = None,
+        *,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """A chunk of normalised actions ``[B, T, A]`` (float32) for the inputs of `embed_prefix` and ``state``.
+
+        Raises:
+            ValueError: an input is missing, unknown in shape, or the model has no action expert.
+        """
+        return self.denoise(self.encode_prefix(model_inputs), num_steps, noise=noise, generator=generator)
+
+
+AutoModel.register(MapAnythingLlava3DConfig, MapAnythingLlava3DForConditionalGeneration)

@@ -1,0 +1,136 @@
+"""Named sizes of the network, as functions of the robot's action and state widths.
+
+``tiny`` is for tests and for trying a robot file: it runs in milliseconds on one core and knows nothing. ``tabletop`` is the size
+that learns the simulated reaching task from nothing in minutes on one core.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vla_policy_ros.model.configuration import MapAnythingLlava3DConfig
+from vla_policy_ros.model.modeling import MapAnythingLlava3DForConditionalGeneration
+
+_TINY: dict[str, Any] = {
+    'vision_config': {
+        'hidden_size': 64,
+        'intermediate_size': 128,
+        'num_hidden_layers': 1,
+        'num_attention_heads': 2,
+        'image_size': 56,
+        'patch_size': 14,
+        'vision_use_head': False,
+    },
+    'geometry_config': {
+        'patch_size': 14,
+        'pos_embed_grid': 4,
+        'encoder_dim': 48,
+        'encoder_heads': 2,
+        'encoder_layers': 1,
+        'mlp_ratio': 2.0,
+        'ray_dims': [16, 16, 32],
+        'info_dim': 32,
+        'info_heads': 2,
+        'info_layers': 2,
+    },
+    'text_config': {
+        'model_type': 'llama',
+        'hidden_size': 64,
+        'intermediate_size': 128,
+        'num_hidden_layers': 2,
+        'num_attention_heads': 4,
+        'num_key_value_heads': 2,
+        'head_dim': 16,
+        'rms_norm_eps': 1e-5,
+    },
+    'expert_config': {'hidden_size': 32, 'intermediate_size': 64},
+}
+
+_TABLETOP: dict[str, Any] = {
+    'vision_config': {
+        'hidden_size': 192,
+        'intermediate_size': 512,
+        'num_hidden_layers': 2,
+        'num_attention_heads': 3,
+        'image_size': 128,
+        'patch_size': 16,
+        'vision_use_head': False,
+    },
+    'geometry_config': {
+        'patch_size': 16,
+        'pos_embed_grid': 8,
+        'encoder_dim': 96,
+        'encoder_heads': 3,
+        'encoder_layers': 1,
+        'mlp_ratio': 2.0,
+        'ray_dims': [32, 48, 64],
+        'info_dim': 96,
+        'info_heads': 3,
+        'info_layers': 2,
+        'initializer_range': 0.07,
+    },
+    'text_config': {
+        'model_type': 'llama',
+        'hidden_size': 192,
+        'intermediate_size': 512,
+        'num_hidden_layers': 4,
+        'num_attention_heads': 3,
+        'num_key_value_heads': 3,
+        'head_dim': 64,
+        'rms_norm_eps': 1e-5,
+        'initializer_range': 0.07,
+    },
+    'expert_config': {'hidden_size': 128, 'intermediate_size': 352},
+    'fusion_init_std': 0.1,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {'tiny': _TINY, 'tabletop': _TABLETOP}
+
+
+def preset_config(
+    preset: str, *, action_dim: int, state_dim: int, horizon: int, vocab_size: int, bos: int, eos: int, pad: int
+) -> MapAnythingLlava3DConfig:
+    """The configuration of a preset for a robot with A actions, S state elements and T actions per chunk.
+
+    Raises:
+        ValueError: the preset is unknown.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f'preset {preset!r} is unknown; choose one of {", ".join(PRESETS)}')
+    sizes = {key: dict(value) if isinstance(value, dict) else value for key, value in PRESETS[preset].items()}
+    sizes['text_config'] |= {'vocab_size': vocab_size, 'bos_token_id': bos, 'eos_token_id': eos, 'pad_token_id': pad}
+    sizes['expert_config'] |= {'action_dim': action_dim, 'action_horizon': horizon, 'state_dim': state_dim, 'use_state': True}
+    return MapAnythingLlava3DConfig(**sizes)
+
+
+@torch.no_grad()
+def initialise_from_nothing(model: MapAnythingLlava3DForConditionalGeneration) -> None:
+    """Give a small model without pretrained parts the start it needs to learn quickly: a strong two-dimensional position code.
+
+    Both towers' position embeddings become sines and cosines of row and column at unit scale; with the usual weak random start,
+    training spends its budget on finding out where a patch is. Word embeddings get a scale comparable to the image tokens'.
+    """
+    grid = model.config.image_grid
+    embedding = model.vision_tower.embeddings.position_embedding.weight
+    embedding.copy_(_grid_code(grid, embedding.shape[1]))
+    if model.geometry_encoder is not None:
+        table = model.geometry_encoder.encoder.model.pos_embed
+        table[:, 1:] = _grid_code(model.config.geometry_config.pos_embed_grid, table.shape[2])
+    nn.init.normal_(model.get_input_embeddings().weight, std=1.0)
+
+
+def _grid_code(side: int, width: int) -> Tensor:
+    """``[side * side, width]``: sines and cosines of the row in the first half, of the column in the second, zero padded."""
+    bands = width // 4
+    frequency = 0.5 * torch.pi * (2.0 ** torch.linspace(-3.0, 1.0, bands))
+    angle = torch.arange(side, dtype=torch.float32)[:, None] * frequency
+    line = torch.cat((angle.sin(), angle.cos()), dim=-1)
+    rows = line[:, None].expand(side, side, -1)
+    columns = line[None].expand(side, side, -1)
+    code = torch.zeros(side, side, width)
+    code[..., : 2 * bands] = rows
+    code[..., 2 * bands : 4 * bands] = columns
+    return code.reshape(side * side, width)
