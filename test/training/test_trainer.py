@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from vla_policy_ros.robot import Robot, load_robot
 from vla_policy_ros.training.baselines import unconditional_loss, zero_velocity_loss
 from vla_policy_ros.training.dataset import ExampleSet
 from vla_policy_ros.training.grounding import GroundingHead
+from vla_policy_ros.training.tabletop import scene_weights
 from vla_policy_ros.training.trainer import Trainer, TrainingOptions, fit_statistics, learning_rate
 from vla_policy_ros.types import CameraView, Observation
 
@@ -121,6 +122,23 @@ def test_grounding_finds_the_patch_that_holds_the_pixel() -> None:
     assert float(loss.offset.detach()) == pytest.approx(np.mean(np.square(offsets)), abs=1e-5)
     nowhere = head(tokens, torch.full((3, 1, 2), float('nan')))
     assert float(nowhere.total.detach()) == 0.0
+
+
+def test_scenes_that_need_the_shape_word_are_drawn_more_often(robot: Robot, data: ExampleSet, tmp_path: Path) -> None:
+    sentences = ['reach the red cube', 'go to the red ball', 'touch the ball', 'touch the blue cube'] * 12
+    mixed = replace(data, instructions=sentences)
+    weights = scene_weights(mixed, 3)
+    assert weights.tolist() == [3, 3] * 12, 'a shared colour; a sentence without a colour'
+    plain = replace(data, instructions=['reach the red cube', 'go to the blue ball'] * 24)
+    assert scene_weights(plain, 3).tolist() == [1] * 24
+    weights = torch.tensor([5] + [0] * 23)
+    trainer = make_trainer(robot, data, tmp_path, scenes_per_step=5)
+    weighted = Trainer(trainer.model, trainer.processor, data, trainer.options, tmp_path, None, weights)
+    seen: list[torch.Tensor] = []
+    inner = weighted._batch
+    weighted._batch = lambda *given: (seen.append(given[3]), inner(*given))[1]  # type: ignore[method-assign]
+    weighted._train_step()
+    assert seen[0].tolist() == [0] * 5
 
 
 def test_learning_rate_rises_then_falls() -> None:

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.live import Live
 
 from vla_policy_ros.demo import panel, results
+from vla_policy_ros.demo.pace import Pace
 from vla_policy_ros.demo.processes import Child, ChildError, ros_environment
 from vla_policy_ros.demo.reaches import Reach, Sample, plan_reaches
 from vla_policy_ros.robot import Robot, load_robot
@@ -209,6 +210,7 @@ def _work(options: DemoOptions, observer: DemoObserver, children: list[Child], r
     begin, wall_begin = float(report['simulated_s']), time.monotonic()
     planned = plan_reaches(report['objects'], begin, options.seconds, options.instruction)
     moved_at, now = wall_begin, begin
+    pace = Pace(options.realtime_factor, begin)
     with _shown(options, console) as show:
         while now < begin + options.seconds:
             for child in children:
@@ -223,6 +225,9 @@ def _work(options: DemoOptions, observer: DemoObserver, children: list[Child], r
                 run.samples.append(Sample.from_report(report))
             elif time.monotonic() - moved_at > STALL_TIMEOUT_S:
                 raise DemoError(f'simulated time has stood still for {STALL_TIMEOUT_S:.0f} s; see the log of the simulator')
+            factor = pace.slower(now, status.requests_skipped)
+            if factor is not None:
+                observer.set_realtime_factor(factor)
             run.simulated_s, run.wall_s = now - begin, time.monotonic() - wall_begin
             if status.state_name == 'FAULT':
                 raise DemoError(_fault(status, children))

@@ -16,6 +16,7 @@ from typing import Any
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.msg import Log
+from rcl_interfaces.srv import SetParameters
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
@@ -83,6 +84,7 @@ class DemoObserver:
         self._node.create_subscription(PolicyStatus, STATUS_TOPIC, self._on_status, qos.LATCHED)
         self._node.create_subscription(String, REPORT_TOPIC, self._on_report, qos.LATCHED)
         self._stop = self._node.create_client(Trigger, '/policy_node/stop')
+        self._set_parameters = self._node.create_client(SetParameters, '/simulator/set_parameters')
         self._robot = robot
         self._recorder: BagRecorder | None = None
         self._executor = SingleThreadedExecutor()
@@ -109,6 +111,11 @@ class DemoObserver:
     def instruct(self, instruction: str) -> None:
         """Give an instruction, as any operator would: on the robot's instruction topic."""
         self._instructions.publish(String(data=instruction))
+
+    def set_realtime_factor(self, factor: float) -> None:
+        """Ask the simulator to run at most this many simulated seconds per wall second, without waiting for its answer."""
+        parameter = Parameter('realtime_factor', value=factor).to_parameter_msg()
+        self._set_parameters.call_async(SetParameters.Request(parameters=[parameter]))
 
     def request_stop(self, patience: float = 5.0) -> bool:
         """Ask the policy node for a soft stop; whether it answered within ``patience`` seconds."""

@@ -103,7 +103,7 @@ class SimulatorNode(Node):
 
         declare('robot_file', 'tabletop', 'Path of a robot file, or the name of a shipped one.')
         declare('seed', 0, 'Seed of the first scene.')
-        declare('realtime_factor', 1.0, 'Simulated seconds per wall second, at most.', 0.01, 100.0)
+        declare('realtime_factor', 1.0, 'Simulated seconds per wall second, at most.', 0.01, 100.0, read_only=False)
         declare('camera_rate', 15.0, 'Images per simulated second and camera, Hz.', 0.1, 100.0)
         declare('joint_state_rate', 100.0, 'Joint states per simulated second, Hz.', 1.0, 500.0)
         declare('interpolate_from_desired_state', True, 'Parameter of that name of the emulated controllers.')
@@ -186,7 +186,6 @@ class SimulatorNode(Node):
         """Tick, publish and serve until `stop`."""
         executor = SingleThreadedExecutor(context=self.context)
         executor.add_node(self)
-        pause_ns = round(self.robot.period_ns / self._value('realtime_factor'))
         due_ns = self._wall.now().nanoseconds
         measured_from = (due_ns, self.robot.time_ns)
         try:
@@ -194,6 +193,7 @@ class SimulatorNode(Node):
                 self.publish()
                 self.robot.tick()
                 now_ns = self._wall.now().nanoseconds
+                pause_ns = round(self.robot.period_ns / self._value('realtime_factor'))
                 due_ns = max(due_ns + pause_ns, now_ns - MAX_CATCH_UP_NS)
                 executor.spin_once(timeout_sec=0.0)
                 while not self._stopped and (left_ns := due_ns - self._wall.now().nanoseconds) > 0:

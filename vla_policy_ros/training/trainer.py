@@ -89,6 +89,7 @@ class Trainer:
         options: how to train.
         run_folder: where the log and the resumable state go.
         validation: held-out examples, or None.
+        scene_weights: long ``[M]``, how often each scene is drawn per epoch; None is once.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Trainer:
         options: TrainingOptions,
         run_folder: Path,
         validation: ExampleSet | None = None,
+        scene_weights: Tensor | None = None,
     ) -> None:
         self.model, self.processor, self.data, self.options = model, processor, data, options
         self.validation = validation
@@ -122,6 +124,8 @@ class Trainer:
         )
         self._actions = processor.normalize_actions(data.actions.numpy(), data.state.numpy())
         self._of_scene = _examples_of_scenes(data)
+        weights = torch.ones(len(self._of_scene), dtype=torch.long) if scene_weights is None else scene_weights
+        self._pool = torch.repeat_interleave(torch.arange(len(self._of_scene)), weights)
         self.step = 0
         flat = self._actions.double().numpy()
         self.baselines = {
@@ -225,10 +229,10 @@ class Trainer:
         options = self.options
         for group in self._optimizer.param_groups:
             group['lr'] = learning_rate(self.step, options)
-        per_epoch = len(self._of_scene) // options.scenes_per_step
+        per_epoch = len(self._pool) // options.scenes_per_step
         epoch, index = divmod(self.step, max(1, per_epoch))
-        order = torch.randperm(len(self._of_scene), generator=torch.Generator().manual_seed(options.seed * 1_000_003 + epoch))
-        scenes = order[index * options.scenes_per_step : (index + 1) * options.scenes_per_step]
+        order = torch.randperm(len(self._pool), generator=torch.Generator().manual_seed(options.seed * 1_000_003 + epoch))
+        scenes = self._pool[order[index * options.scenes_per_step : (index + 1) * options.scenes_per_step]]
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + self.step)
         batch = self._batch(self.data, self._of_scene, self._actions, scenes)
         with torch.autocast('cpu', dtype=torch.bfloat16, enabled=options.bfloat16):
