@@ -23,7 +23,7 @@ from vla_policy_ros.types import NS_PER_S
 
 PositiveSeconds = Annotated[float, Field(gt=0.0, le=60.0)]
 Name = Annotated[str, Field(pattern=r'^[A-Za-z][A-Za-z0-9_]*$')]
-Topic = Annotated[str, Field(pattern=r'^[~/A-Za-z][A-Za-z0-9_/{}~]*$')]
+Topic = Annotated[str, Field(pattern=r'^(~/|/)?[A-Za-z_][A-Za-z0-9_]*(/[A-Za-z_][A-Za-z0-9_]*)*$')]
 JointName = Annotated[str, Field(min_length=1)]
 
 
@@ -32,7 +32,7 @@ class RobotFileError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra='forbid', frozen=True)
+    model_config = ConfigDict(extra='forbid', frozen=True, allow_inf_nan=False)
 
 
 class Camera(_Section):

@@ -9,6 +9,7 @@ Time is passed in with every call. A clock that jumps back drops everything that
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,9 @@ from vla_policy_ros.types import NS_PER_S, ActionChunk, JointTrajectory, Observa
 
 _RATE_WINDOW = 20
 _LATENCY_WINDOW = 100
-_CLOCK_JUMP_NS = NS_PER_S // 2
+_JUMP_BACK_NS = NS_PER_S // 5
+_LEAP_AHEAD_NS = NS_PER_S
+_SAME_POSITION = 0.05
 
 
 class State(IntEnum):
@@ -124,6 +127,7 @@ class _Timeline:
     commanded: CommandedMotion | None = None
     chunk_times: deque[int] = field(default_factory=lambda: deque(maxlen=_RATE_WINDOW))
     now_ns: int = 0
+    settled_ns: int = 0
 
 
 class PolicyRuntime:
@@ -167,6 +171,7 @@ class PolicyRuntime:
         self._in_flight: _Request | None = None
         self._replan_wanted = False
         self._has_run = False
+        self._inputs_failed = False
         self._plan_problem = ''
         self._stop_reason = ''
         self._fault_reason = ''
@@ -225,9 +230,10 @@ class PolicyRuntime:
         self.watch(now_ns)
         return refusal
 
-    def put_controller_reference(self, positions: NDArray[np.float64], now_ns: int) -> None:
-        """Positions ``[A]`` that the controllers command now; a motion starts from them rather than from the measured ones."""
-        self._controller_reference = (positions, now_ns)
+    def put_controller_reference(self, positions: NDArray[np.float64], stamp_ns: int) -> None:
+        """Positions ``[A]`` that the controllers commanded at ``stamp_ns``; a motion starts from them rather than from the measured
+        ones."""
+        self._controller_reference = (positions, stamp_ns)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------------
 
@@ -255,6 +261,7 @@ class PolicyRuntime:
         if request is None or request.result is None:
             return
         self._in_flight = None
+        self._update_state(now_ns)  # an input that has failed since the request makes its answer void
         if request.epoch == self._epoch and self.active:
             self._digest(request, now_ns)
         elif request.result.error is not None and not isinstance(request.result.error, ObservationError):
@@ -290,11 +297,11 @@ class PolicyRuntime:
     # ---- inside ------------------------------------------------------------------------------------------------------------
 
     def _may_plan(self) -> bool:
-        return self.state is State.RUNNING or (self.state is State.HOLDING and not self.inputs.problems(self._timeline.now_ns))
+        return self.state is State.RUNNING or (self.state is State.HOLDING and not self._inputs_failed)
 
     def _request(self, now_ns: int) -> None:
         if self._in_flight is not None:
-            self.counters.requests_skipped += not self._replan_wanted
+            self.counters.requests_skipped += 1
             self._replan_wanted = True
             return
         request = _Request(self._epoch, self.inputs.snapshot(), now_ns)
@@ -313,14 +320,14 @@ class PolicyRuntime:
         self._in_flight = request
         if self._executor.submit(work, done):
             self.counters.observations += 1
-        else:  # a request of an earlier epoch may still hold the thread
+        else:
             self._in_flight = None
-            self._replan_wanted = True
-            self.counters.requests_skipped += 1
+            self.fault(now_ns, 'the policy executor takes no more requests: configure the node again')
 
     def _digest(self, request: _Request, now_ns: int) -> None:
         error = request.result.error
         if isinstance(error, ObservationError):
+            self._brake(now_ns)
             self._plan_problem = str(error)
             return
         if error is not None:
@@ -357,10 +364,13 @@ class PolicyRuntime:
         self._listener.on_trajectory(trajectory, actuate=actuate)
 
     def _commanded(self, now_ns: int) -> CommandedMotion:
-        """The commanded motion; a new one begins at rest where the controllers hold the robot, else where it was measured."""
-        if self._timeline.commanded is None or self.settings.dry_run:
-            self._timeline.commanded = CommandedMotion.from_rest(self.robot.action.joints, self._anchor(now_ns), now_ns)
-        return self._timeline.commanded
+        """The commanded motion. After a silence it begins anew where the controllers hold the robot, else where it was measured:
+        others may have moved it meanwhile."""
+        commanded = self._timeline.commanded
+        if commanded is None or self.settings.dry_run or commanded.until_ns < now_ns:
+            commanded = CommandedMotion.from_rest(self.robot.action.joints, self._anchor(now_ns), now_ns)
+            self._timeline.commanded = commanded
+        return commanded
 
     def _anchor(self, now_ns: int) -> NDArray[np.float64]:
         state = self.inputs.state
@@ -368,7 +378,7 @@ class PolicyRuntime:
             raise RuntimeError('a motion cannot start without a measured joint state')
         if self._controller_reference is not None and not self.settings.dry_run:
             positions, stamp_ns = self._controller_reference
-            if 0 <= now_ns - stamp_ns <= round(self.robot.timing.max_state_age * NS_PER_S):
+            if now_ns - stamp_ns <= round(self.robot.timing.max_state_age * NS_PER_S):
                 return positions
         return self.robot.action_positions(state[0])
 
@@ -400,7 +410,9 @@ class PolicyRuntime:
         for joint, difference in zip(self.robot.action.joints, np.abs(expected - measured), strict=True):
             limit = self.robot.limits[joint].following_error
             if limit is not None and difference > limit:
-                # No braking trajectory: it would start from a state that the robot is not in. The last one's tail rests.
+                # Where the controller has let go of the motion, a braking trajectory would start from where the robot is not.
+                if self._controller_follows(commanded, now_ns):
+                    self._brake(now_ns)
                 self._stop_reason = (
                     f'joint {joint!r} is {difference:.3f} from where it was commanded (limit {limit:g}): '
                     'is the controller active and the robot free? then call ~/reset'
@@ -408,9 +420,18 @@ class PolicyRuntime:
                 self._new_epoch()
                 return
 
+    def _controller_follows(self, commanded: CommandedMotion, now_ns: int) -> bool:
+        """Whether the controllers' reference, if it is known, is still what we commanded."""
+        if self._controller_reference is None:
+            return False
+        positions, stamp_ns = self._controller_reference
+        fresh = now_ns - stamp_ns <= round(self.robot.timing.max_state_age * NS_PER_S)
+        return fresh and bool(np.abs(commanded.sample(stamp_ns)[0] - positions).max() < _SAME_POSITION)
+
     def _advance(self, now_ns: int) -> int:
-        """The runtime's time: stands still over a small step back of the clock, starts anew after a jump back."""
-        if now_ns < self._timeline.now_ns - _CLOCK_JUMP_NS:
+        """The runtime's time: stands still over a small step back of the clock, starts anew after a jump back or a leap ahead."""
+        last_ns = self._timeline.now_ns
+        if now_ns < last_ns - _JUMP_BACK_NS or (last_ns > 0 and now_ns > last_ns + _LEAP_AHEAD_NS):
             self._restart_timeline(now_ns)
         self._timeline.now_ns = max(now_ns, self._timeline.now_ns)
         return self._timeline.now_ns
@@ -422,11 +443,13 @@ class PolicyRuntime:
             self._timeline.commanded = None
 
     def _restart_timeline(self, now_ns: int) -> None:
-        # Nothing is sent: the robot may stand elsewhere on the new time line, and the last trajectory rests by itself.
+        # Nothing is sent: the robot may stand elsewhere on the new time line. A controller that still executes the last trajectory
+        # goes on with it, whatever its clock says, so that nothing is planned until that one has come to rest.
+        settling = round(self.commanded_until(self._timeline.now_ns) * NS_PER_S)
         self.inputs.clear()
         if self._in_flight is not None:
             self._in_flight.started_ns = now_ns
-        self._timeline = _Timeline(now_ns=now_ns)
+        self._timeline = _Timeline(now_ns=now_ns, settled_ns=now_ns + settling)
         self._controller_reference = None
         self._has_run = False
         self._new_epoch()
@@ -437,26 +460,29 @@ class PolicyRuntime:
         self._replan_wanted = False
 
     def _update_state(self, now_ns: int) -> None:
-        state, reason = self._judge(now_ns)
-        if self.state is State.RUNNING and state is not State.RUNNING and self.inputs.problems(now_ns):
+        problems = self.inputs.problems(now_ns)
+        if problems and not self._inputs_failed and not self._stop_reason:
             self._brake(now_ns)
-            self._epoch += 1  # a chunk in flight must not end the braking
+            self._new_epoch()  # a chunk in flight must not end the braking
+        self._inputs_failed = bool(problems)
+        state, reason = self._judge(problems)
         if (state, reason) != (self.state, self.reason):
             changed = state is not self.state or _kind(reason) != _kind(self.reason)
             self.state, self.reason = state, reason
             if changed:
                 self._listener.on_state(state, reason)
 
-    def _judge(self, now_ns: int) -> tuple[State, str]:
+    def _judge(self, problems: list[str]) -> tuple[State, str]:
         if self._fault_reason:
             return State.FAULT, self._fault_reason
         if self._stop_reason:
             return State.STOPPED, self._stop_reason
-        problems = self.inputs.problems(now_ns)
         if not self.active:
             return (State.WAITING, '; '.join(problems)) if problems else (State.READY, 'inputs complete, not active')
         if problems:
             return (State.HOLDING if self._has_run else State.WAITING), '; '.join(problems)
+        if self._timeline.now_ns < self._timeline.settled_ns:
+            return State.WAITING, 'the clock jumped: waiting until the last trajectory has come to rest'
         if self._plan_problem:
             return State.HOLDING, self._plan_problem
         return State.RUNNING, ''
@@ -464,4 +490,9 @@ class PolicyRuntime:
 
 def _kind(reason: str) -> tuple[str, ...]:
     """What a reason is about, without its values: a growing age or another refused number is not a new reason."""
-    return tuple(''.join(c for c in part.split(':')[0] if not c.isdigit()) for part in reason.split('; '))
+    return tuple(without_numbers(part.split(':')[0]) for part in reason.split('; '))
+
+
+def without_numbers(sentence: str) -> str:
+    """``sentence`` without its numbers, but with those in names such as ``panda_joint1``."""
+    return re.sub(r'(?<!\w)[-+]?\d[\d.e+-]*', '', sentence)

@@ -80,7 +80,8 @@ def test_any_chunk_within_the_bands_becomes_a_sendable_continuation(
                 q, v = commanded.sample(time)
                 assert trajectory.positions[index] == pytest.approx(q, abs=1e-9)
                 assert trajectory.velocities[index] == pytest.approx(v, abs=1e-7)
-        assert first_ns >= now + shape.lead_ns if mode == 'zero' else first_ns <= now
+        bridged = mode == 'zero' or commanded.at_rest(now)
+        assert first_ns >= now + shape.lead_ns if bridged else first_ns <= now
         commanded.accept(trajectory)
     if not commanded.at_rest(now):
         stop = planner.brake(now, commanded)

@@ -158,9 +158,9 @@ def test_killing_the_policy_while_moving_ends_in_a_smooth_stop(rig: Rig) -> None
 def test_losing_one_camera_brakes_holds_and_recovers(rig: Rig) -> None:
     limit = ROBOT.timing.max_image_age + 1.0 / REPLAN_RATE
     rig.disable_cameras('wrist')
-    rig.wait_for_state('HOLDING')
+    # The untrained policy may be refused now and then, which holds too.
+    rig.spin_until(lambda: rig.state == 'HOLDING' and "'wrist'" in rig.statuses[-1].reason)
     holding = rig.statuses[-1]
-    assert "'wrist'" in holding.reason
     wrist = next(health for health in holding.inputs if health.name == 'camera:wrist')
     assert wrist.age <= limit
     began = len(rig.commanded)

@@ -83,12 +83,14 @@ class ManualExecutor:
 class Bench:
     """A runtime on a hand-driven clock: 20 ms steps, sensors at every step, replan every 200 ms, inference of `latency_ms`."""
 
+    stamp: str = 'start'
+
     def __init__(self, latency_ms: int = 60, dry_run: bool = False) -> None:
         self.now = 10**9
         self.latency_ms = latency_ms
         self.executor, self.recorder = ManualExecutor(), Recorder()
         self.answer: Callable[[Observation], ActionChunk] = self.towards_goal
-        planner = TrajectoryPlanner(JointLimits.from_robot(ROBOT), Emission.for_controller(100.0))
+        planner = TrajectoryPlanner(JointLimits.from_robot(ROBOT), Emission.for_controller(100.0, self.stamp))
         settings = Settings(replan_rate=5.0, dry_run=dry_run, max_inference_time=0.5)
         self.runtime = PolicyRuntime(
             ROBOT, lambda o: self.answer(o), planner, self.executor, self.recorder, lambda: None, settings
@@ -143,6 +145,15 @@ class Bench:
         for _ in range(round(seconds * 50)):
             self.step(feed)
 
+    def running_until_asked(self) -> Bench:
+        """Active, with the first request on its way."""
+        self.feed()
+        self.runtime.instruct('go', self.now)
+        self.runtime.activate(self.now)
+        while self.executor.job is None:
+            self.step()
+        return self
+
     def running(self) -> Bench:
         self.feed()
         self.runtime.instruct('go', self.now)
@@ -150,6 +161,12 @@ class Bench:
         self.run(1.0)
         assert self.runtime.state is State.RUNNING
         return self
+
+
+@pytest.fixture(autouse=True, params=['start', 'zero'])
+def _both_stamps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every promise holds for both ways of timing the message."""
+    monkeypatch.setattr(Bench, 'stamp', request.param)
 
 
 def test_states_from_waiting_to_running():
@@ -332,7 +349,9 @@ def test_a_clock_that_jumps_back_starts_anew():
     bench.runtime.watch(bench.now)
     assert bench.runtime.state is State.WAITING
     assert len(bench.recorder.trajectories) == sent
-    bench.run(1.0)
+    bench.run(0.2)
+    assert 'the clock jumped' in bench.runtime.reason, 'a controller may still execute the last trajectory'
+    bench.run(3.0)
     assert bench.runtime.state is State.RUNNING, bench.runtime.reason
     first = bench.recorder.trajectories[sent][0]
     np.testing.assert_allclose(first.positions[0], [0.9, 0.9], atol=0.05)
@@ -345,3 +364,65 @@ def test_a_small_step_back_of_the_clock_changes_nothing():
     bench.runtime.watch(bench.now)
     bench.run(1.0)
     assert bench.recorder.states == states
+
+
+def test_a_clock_that_leaps_ahead_starts_anew_once_the_last_trajectory_rests():
+    bench = Bench().running()
+    sent = len(bench.recorder.trajectories)
+    bench.now = bench.started = bench.now + 20 * 10**9
+    bench.measured = lambda _: np.array([0.2, 0.2])
+    bench.runtime.watch(bench.now)
+    bench.run(0.2)
+    assert len(bench.recorder.trajectories) == sent and 'the clock jumped' in bench.runtime.reason
+    bench.run(3.0)
+    assert bench.runtime.state is State.RUNNING, bench.runtime.reason
+    np.testing.assert_allclose(bench.recorder.trajectories[sent][0].positions[0], [0.2, 0.2], atol=0.05)
+
+
+def test_an_input_that_fails_while_holding_brakes_too():
+    bench = Bench().running()
+    bench.answer = lambda o: bench.chunk(o, np.full((10, 2), np.nan))
+    while bench.runtime.state is State.RUNNING:
+        bench.step()
+    assert bench.runtime.commanded_until(bench.now) > 0.5, 'the tail must still be moving'
+    sent = len(bench.recorder.trajectories)
+    bench.runtime.instruct('', bench.now)
+    assert len(bench.recorder.trajectories) == sent + 1
+    assert not bench.recorder.trajectories[-1][0].velocities[-1].any()
+
+
+def test_an_answer_to_an_input_that_failed_meanwhile_is_dropped():
+    bench = Bench(latency_ms=5000).running_until_asked()
+    bench.camera_on = False
+    bench.run(0.6)
+    sent, chunks = len(bench.recorder.trajectories), len(bench.recorder.chunks)
+    bench.latency_ms = 60
+    bench.run(0.1)
+    assert bench.executor.job is None, 'the answer has come'
+    assert (len(bench.recorder.trajectories), len(bench.recorder.chunks)) == (sent, chunks)
+
+
+def test_a_robot_that_was_moved_during_a_silence_is_taken_where_it_is():
+    bench = Bench().running()
+    bench.camera_on = False
+    bench.run(2.5)
+    assert bench.runtime.commanded_until(bench.now) == 0.0
+    moved = bench.commanded(bench.now) + np.array([0.2, 0.0])
+    bench.measured = lambda _: moved
+    bench.camera_on = True
+    sent = len(bench.recorder.trajectories)
+    while len(bench.recorder.trajectories) == sent:
+        bench.step()
+    np.testing.assert_allclose(bench.recorder.trajectories[sent][0].positions[0], moved, atol=1e-9)
+
+
+def test_a_motion_begins_where_the_controllers_hold_the_robot_if_that_is_known():
+    bench = Bench()
+    bench.feed()
+    bench.runtime.instruct('go', bench.now)
+    bench.runtime.activate(bench.now)
+    held = np.array([0.05, -0.05])
+    while not bench.recorder.trajectories:
+        bench.runtime.put_controller_reference(held, bench.now)
+        bench.step()
+    np.testing.assert_allclose(bench.recorder.trajectories[0][0].positions[0], held, atol=1e-9)

@@ -296,6 +296,9 @@ class TrajectoryPlanner:
         times = seam_ns + spacing * np.arange(len(knots.positions), dtype=np.int64)
         if self.emission.stamp == 'zero':
             return JointTrajectory(now_ns, self.limits.names, times - now_ns, knots.positions, knots.velocities)
+        if commanded.at_rest(now_ns):
+            # Without knots before the seam the controller bridges from its own state, which may sag from the commanded one.
+            return JointTrajectory(now_ns, self.limits.names, times - now_ns, knots.positions, knots.velocities)
         start_ns = now_ns // spacing * spacing
         before = [start_ns, *(int(time) for time in commanded.knots_between(start_ns, seam_ns))]
         states = [commanded.sample(time) for time in before]

@@ -1,7 +1,7 @@
 """How fast simulated time may run: as fast as the policy keeps its rate on this machine, and never faster than asked.
 
-A robot does not wait, so a policy that misses its ticks there is too slow. Here a loaded machine is no reason to show a worse policy:
-simulated time slows down until every tick finds the policy free, and the summary says by how much.
+A robot does not wait, so a policy that misses its ticks there is too slow. Here a loaded machine is no reason to show a worse
+policy: simulated time slows down until every tick finds the policy free, and the summary says by how much.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ class ObservationAssembler:
     def problems(self, now_ns: int) -> list[str]:
         """Everything that keeps an observation from being made at ``now_ns``, as sentences for the operator."""
         problems = [problem for slot in self._slots() if (problem := slot.problem(now_ns))]
-        return problems or self._skew_problems()
+        return problems or list(self._skew_problem().values())
 
     def snapshot(self) -> Snapshot:
         """The newest messages. Call it only when ``problems`` is empty."""
@@ -162,9 +162,14 @@ class ObservationAssembler:
             images[name] = (slot.value, slot.stamp_ns, info.value if info else None)
         return Snapshot(self.robot, MappingProxyType(images), self._state.value, self._state.stamp_ns, self.instruction)
 
+    def silent_slots(self) -> list[Slot]:
+        """Inputs without a usable message so far; whoever knows the reason may write it into their ``remedy``."""
+        return [slot for slot in self._slots() if slot.value is None]
+
     def health(self, now_ns: int) -> list[InputHealth]:
         """One row per input."""
         rows = []
+        apart = {} if any(slot.problem(now_ns) for slot in self._slots()) else self._skew_problem()
         for key, slot in self._named_slots():
             age = slot.age_ns(now_ns)
             rows.append(
@@ -174,7 +179,7 @@ class ObservationAssembler:
                     rate=slot.rate(now_ns),
                     age=float('nan') if age is None else seconds(age),
                     max_age=float('nan') if slot.max_age_ns is None else seconds(slot.max_age_ns),
-                    problem=slot.problem(now_ns) or '',
+                    problem=slot.problem(now_ns) or apart.get(key, ''),
                 )
             )
         return rows
@@ -190,23 +195,24 @@ class ObservationAssembler:
     def _slots(self) -> list[Slot]:
         return [slot for _, slot in self._named_slots()]
 
-    def _skew_problems(self) -> list[str]:
+    def _skew_problem(self) -> dict[str, str]:
+        """The input that is of another moment than the others, and the sentence about it; empty if all belong together."""
         stamps = {name: slot.stamp_ns for name, slot in self._cameras.items()}
         newest, oldest = max(stamps, key=stamps.__getitem__), min(stamps, key=stamps.__getitem__)
         timing = self.robot.timing
         skew = seconds(stamps[newest] - stamps[oldest])
         if skew > timing.max_camera_skew:
-            return [
-                f'camera {oldest!r} is {skew:.3f} s behind camera {newest!r} (limit {timing.max_camera_skew:g} s): '
-                'check their rates and clocks'
-            ]
+            return {
+                f'camera:{oldest}': f'camera {oldest!r} is {skew:.3f} s behind camera {newest!r} '
+                f'(limit {timing.max_camera_skew:g} s): check their rates and clocks'
+            }
         skew = abs(seconds(stamps[newest] - self._state.stamp_ns))
         if skew > timing.max_state_skew:
-            return [
-                f'joint state and camera {newest!r} are {skew:.3f} s apart (limit {timing.max_state_skew:g} s): '
+            return {
+                'state': f'joint state and camera {newest!r} are {skew:.3f} s apart (limit {timing.max_state_skew:g} s): '
                 'check their rates and clocks'
-            ]
-        return []
+            }
+        return {}
 
 
 def _stamp_ns(message: Any) -> int:

@@ -54,6 +54,8 @@ def check_image(message: Any) -> None:
     if height == 0 or width == 0:
         raise ImageError(f'image is empty ({width}x{height})')
     channels, kind, _ = _ENCODINGS[encoding]
+    if channels == 2 and width % 2:
+        raise ImageError(f'image has encoding {encoding}, which shares colour between two pixels, but the odd width {width}')
     row = width * channels * np.dtype(kind).itemsize
     if step < row:
         raise ImageError(f'image step is {step} bytes, but a row of {width} {encoding} pixels has {row}')

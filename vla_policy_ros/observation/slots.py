@@ -33,7 +33,7 @@ class Slot:
         self.name = name
         self.topic = topic
         self.max_age_ns = max_age_ns
-        self.remedy = remedy
+        self.remedy = self.remedy_without_publisher = remedy
         self.clear()
 
     def clear(self) -> None:

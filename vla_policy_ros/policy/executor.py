@@ -87,10 +87,6 @@ class PolicyExecutor:
         return not self._thread.is_alive()
 
     def _work(self) -> None:
-        if self._num_threads is not None:
-            import torch
-
-            torch.set_num_threads(self._num_threads)
         while True:
             with self._condition:
                 while self._request is None and not self._closed:
@@ -111,9 +107,17 @@ class PolicyExecutor:
             # A broken callback must not end the thread: the caller would wait for answers that never come.
             _LOGGER.exception('the callback of a policy request has failed')
 
-    @staticmethod
-    def _run(fn: Callable[[], Any]) -> Outcome:
+    def _run(self, fn: Callable[[], Any]) -> Outcome:
         try:
+            self._pin_threads()
             return Outcome(value=fn())
         except Exception as error:
             return Outcome(error=error)
+
+    def _pin_threads(self) -> None:
+        """Once, on the worker; here rather than at its start, so that a torch that cannot be imported fails the request."""
+        if self._num_threads is not None:
+            import torch
+
+            torch.set_num_threads(self._num_threads)
+            self._num_threads = None

@@ -14,26 +14,29 @@ from std_msgs.msg import String
 
 from vla_policy_ros.robot import Controller, Robot
 from vla_policy_ros.ros import qos
-from vla_policy_ros.runtime import PolicyRuntime
+from vla_policy_ros.runtime import PolicyRuntime, without_numbers
+from vla_policy_ros.types import NS_PER_S
 
 _REPEAT_AFTER_S = 10.0
 
 
 class OperatorLog:
-    """Warnings to the operator: each kind at once, then at most every ten seconds. A kind is the sentence without its numbers."""
+    """Sentences for the operator: each kind at once, then at most every ten seconds. A kind is the sentence without its numbers."""
 
     def __init__(self, node: LifecycleNode) -> None:
         self._node = node
         self._last: dict[str, float] = {}
 
-    def warn(self, sentence: str | None) -> None:
-        """Log ``sentence`` unless its kind was logged a moment ago."""
-        if not sentence:
+    def tell(self, sentence: str | None, *, warn: bool = True) -> None:
+        """Log ``sentence``, if there is one, unless its kind was logged a moment ago."""
+        kind = without_numbers(sentence or '')
+        if not sentence or monotonic() - self._last.get(kind, float('-inf')) < _REPEAT_AFTER_S:
             return
-        kind = ''.join(c for c in sentence if not c.isdigit())
-        if monotonic() - self._last.get(kind, float('-inf')) >= _REPEAT_AFTER_S:
-            self._last[kind] = monotonic()
+        self._last[kind] = monotonic()
+        if warn:
             self._node.get_logger().warning(sentence)
+        else:
+            self._node.get_logger().info(sentence)
 
 
 def controller_state_type() -> type:
@@ -53,13 +56,16 @@ class Inputs:
         robot: names the topics.
         runtime: takes the messages.
         now: the node's time in ns; 0 while simulated time has not begun, when nothing can be judged.
+        log: takes refusals.
     """
 
-    def __init__(self, node: LifecycleNode, robot: Robot, runtime: PolicyRuntime, now: Callable[[], int]) -> None:
-        self._node, self._robot, self._runtime, self._now = node, robot, runtime, now
-        self._log = OperatorLog(node)
+    def __init__(
+        self, node: LifecycleNode, robot: Robot, runtime: PolicyRuntime, now: Callable[[], int], log: OperatorLog
+    ) -> None:
+        self._node, self._robot, self._runtime, self._now, self._log = node, robot, runtime, now, log
         self._handles: list[Any] = []
-        self._references: dict[str, float] = {}
+        self._expected: dict[str, str] = {}
+        self._references: dict[str, tuple[int, dict[str, float]]] = {}
         for name, camera in robot.cameras.items():
             image_type = Image if camera.transport == 'raw' else CompressedImage
             self._subscribe(image_type, camera.topic, qos.SENSOR, partial(runtime.inputs.put_image, name))
@@ -69,9 +75,9 @@ class Inputs:
         # A latched subscription does not match a volatile publisher (`ros2 topic pub`); a volatile one misses what was latched.
         for profile in (qos.LATCHED, qos.COMMAND):
             self._subscribe(String, robot.instruction.topic, profile, self._put_instruction, needs_clock=False)
-        for controller in robot.controllers.values():
+        for name, controller in robot.controllers.items():
             if controller.state_topic:
-                put = partial(self._put_controller_state, controller)
+                put = partial(self._put_controller_state, name, controller)
                 self._subscribe(controller_state_type(), controller.state_topic, qos.STATE, put)
 
     def close(self) -> None:
@@ -80,29 +86,43 @@ class Inputs:
             self._node.destroy_subscription(subscription)
         self._handles = []
 
+    def explain_silence(self) -> None:
+        """Tell the slots of inputs that have no message whether somebody publishes their topic, and as which type."""
+        for slot in self._runtime.inputs.silent_slots():
+            topic = self._node.resolve_topic_name(slot.topic)
+            types = {info.topic_type for info in self._node.get_publishers_info_by_topic(topic)}
+            wrong = types - {self._expected[slot.topic]}
+            if wrong:
+                published = ', '.join(sorted(wrong))
+                slot.remedy = f'it is published as {published}, not as {self._expected[slot.topic]}: mend the robot file'
+            elif not types:
+                slot.remedy = slot.remedy_without_publisher
+
     def _subscribe(
         self, kind: type, topic: str, profile: Any, put: Callable[[Any, int], str | None], needs_clock: bool = True
     ) -> None:
         def callback(message: Any) -> None:
             now_ns = self._now()
             if now_ns > 0 or not needs_clock:  # a latched instruction comes once, possibly before simulated time begins
-                self._log.warn(put(message, now_ns))
+                self._log.tell(put(message, now_ns))
 
+        self._expected[topic] = kind.__module__.split('.')[0] + '/msg/' + kind.__name__
         self._handles.append(self._node.create_subscription(kind, topic, callback, profile))
 
     def _put_instruction(self, message: Any, now_ns: int) -> str | None:
         return self._runtime.instruct(message.data, now_ns)
 
-    def _put_controller_state(self, controller: Controller, message: Any, now_ns: int) -> str | None:
-        """Gather the reference positions of all controllers; hand them on when every action joint has one."""
-        if isinstance(message, JointState):
-            names, positions = list(message.name), list(message.position)
-        else:
-            names, positions = list(message.joint_names), list(message.reference.positions)
+    def _put_controller_state(self, name: str, controller: Controller, message: Any, now_ns: int) -> str | None:
+        """Gather the references of all controllers; hand them on, dated by the oldest, when every one is known."""
+        reference = message if isinstance(message, JointState) else message.reference
+        names = list(message.name if isinstance(message, JointState) else message.joint_names)
+        positions = list(reference.position if isinstance(message, JointState) else reference.positions)
         if len(names) != len(positions) or not np.isfinite(positions).all():
             return f'controller state on {controller.state_topic} refused: {len(names)} names, positions {positions}'
-        self._references.update(zip(names, positions, strict=True))
-        joints = self._robot.action.joints
-        if all(joint in self._references for joint in joints):
-            self._runtime.put_controller_reference(np.array([self._references[joint] for joint in joints]), now_ns)
+        stamp_ns = min(message.header.stamp.sec * NS_PER_S + message.header.stamp.nanosec, now_ns)
+        self._references[name] = (stamp_ns, dict(zip(names, positions, strict=True)))
+        known = {joint: value for _, values in self._references.values() for joint, value in values.items()}
+        if all(joint in known for joint in self._robot.action.joints):
+            oldest_ns = min(stamp for stamp, _ in self._references.values())
+            self._runtime.put_controller_reference(np.array([known[j] for j in self._robot.action.joints]), oldest_ns)
         return None

@@ -17,11 +17,12 @@ class Parameter:
     default: str | float | int | bool
     description: str
     range: tuple[float, float] | None = None
-    when: str = 'before configure'  # 'before configure' | 'while inactive' | 'any time'
+    when: str = 'before configure'  # 'at start only' | 'before configure' | 'while inactive' | 'any time'
 
     def descriptor(self) -> ParameterDescriptor:
         """The rcl_interfaces descriptor."""
         descriptor = ParameterDescriptor(description=f'{self.description} Changes {self.when}.')
+        descriptor.read_only = self.when == 'at start only'
         if self.range is not None and isinstance(self.default, float):
             descriptor.floating_point_range = [FloatingPointRange(from_value=self.range[0], to_value=self.range[1], step=0.0)]
         elif self.range is not None:
@@ -47,9 +48,15 @@ PARAMETERS: tuple[Parameter, ...] = (
         'the same clock that does not blend replacements (Humble to Kilted). zero: they start on arrival; needs no common clock, '
         'but the controller bridges to them with a velocity step each time, and less than half of the velocity limits is used.',
     ),
-    Parameter('transport_delay', 0.03, 'Longest delay of a trajectory message to the controller, s.', (0.0, 1.0)),
-    Parameter('status_rate', 5.0, 'PolicyStatus messages, Hz of wall time.', (0.1, 50.0)),
-    Parameter('autostart', False, 'Configure and activate without a lifecycle manager.'),
+    Parameter(
+        'transport_delay',
+        0.06,
+        'Longest delay of a trajectory message to the controller, s. The new motion takes over after it; a message later than that '
+        'makes a velocity step.',
+        (0.0, 1.0),
+    ),
+    Parameter('status_rate', 5.0, 'PolicyStatus messages, Hz of wall time.', (0.1, 50.0), 'at start only'),
+    Parameter('autostart', False, 'Configure and activate without a lifecycle manager.', None, 'at start only'),
 )
 
 

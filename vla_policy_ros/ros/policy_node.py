@@ -39,7 +39,7 @@ from vla_policy_ros.policy.executor import PolicyExecutor
 from vla_policy_ros.resources import checkpoint_path, robot_path
 from vla_policy_ros.robot import Robot, load_robot
 from vla_policy_ros.ros import parameters, qos, status
-from vla_policy_ros.ros.inputs import Inputs
+from vla_policy_ros.ros.inputs import Inputs, OperatorLog
 from vla_policy_ros.ros.messages import to_chunk, to_trajectory
 from vla_policy_ros.runtime import ChunkReport, PolicyRuntime, Settings, State
 from vla_policy_ros.types import JointTrajectory
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 _WATCH_PERIOD_S = 0.02
 _CLOCK_STALL_S = 2.0
+_RELEASE_PATIENCE_S = 5.0
 
 
 class PolicyNode(LifecycleNode):
@@ -58,7 +59,7 @@ class PolicyNode(LifecycleNode):
         super().__init__('policy_node', **kwargs)
         parameters.declare(self)
         self.add_on_set_parameters_callback(self._on_set_parameters)
-        self._runtime: PolicyRuntime | None = None
+        self.runtime: PolicyRuntime | None = None
         self._policy: Policy | None = None
         self._executor_thread: PolicyExecutor | None = None
         self._inputs: Inputs | None = None
@@ -68,6 +69,7 @@ class PolicyNode(LifecycleNode):
         self._preview_publishers: dict[str, Any] = {}
         self._emission: Emission | None = None
         self.fault = ''
+        self._log = OperatorLog(self)
         self._interrupted = threading.Event()
         self._clock_seen = (0, monotonic())
 
@@ -89,6 +91,7 @@ class PolicyNode(LifecycleNode):
             slowest = min(controller.update_rate for controller in robot.controllers.values())
             self._emission = Emission.for_controller(slowest, values['trajectory_stamp'], 1e3 * values['transport_delay'])
             self._load_policy(robot, values)
+            self._start(robot, values)
         except Exception as error:  # whatever is wrong with the files must end in a sentence, not in a dead node
             self._release()
             self.fault = f'cannot configure: {error}'
@@ -96,23 +99,22 @@ class PolicyNode(LifecycleNode):
             self.publish_status()
             return TransitionCallbackReturn.FAILURE
         self.fault = ''
-        self._start(robot, values)
         self.publish_status()
         return super().on_configure(state)
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Begin to plan and publish."""
-        assert self._runtime is not None
+        assert self.runtime is not None
         result = super().on_activate(state)
-        self._runtime.activate(self.now_ns())
-        dry = ' in dry run: nothing is sent to the controllers' if self._runtime.settings.dry_run else ''
+        self.runtime.activate(self.now_ns())
+        dry = ' in dry run: nothing is sent to the controllers' if self.runtime.settings.dry_run else ''
         self.get_logger().info(f'active{dry}')
         return result
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Brake, then be silent."""
-        assert self._runtime is not None
-        self._runtime.deactivate(self.now_ns())
+        assert self.runtime is not None
+        self.runtime.deactivate(self.now_ns())
         self._wait_for_delivery()
         return super().on_deactivate(state)
 
@@ -140,8 +142,8 @@ class PolicyNode(LifecycleNode):
 
     def brake_and_release(self) -> None:
         """End any motion and free everything; safe to call in any state."""
-        if self._runtime is not None and self._runtime.active:
-            self._runtime.deactivate(self.now_ns())
+        if self.runtime is not None and self.runtime.active:
+            self.runtime.deactivate(self.now_ns())
             self._wait_for_delivery()
         self._release()
 
@@ -199,13 +201,13 @@ class PolicyNode(LifecycleNode):
         assert self._policy is not None and self._executor_thread is not None and self._emission is not None
         planner = TrajectoryPlanner(JointLimits.from_robot(robot), self._emission)
         settings = Settings(values['replan_rate'], values['dry_run'], values['max_inference_time'])
-        self._runtime = PolicyRuntime(
+        self.runtime = PolicyRuntime(
             robot, self._policy.infer, planner, self._executor_thread, self, self._wake.trigger, settings
         )
         for name, controller in robot.controllers.items():
             self._command_publishers[name] = self.create_lifecycle_publisher(JointTrajectoryMsg, controller.topic, qos.COMMAND)
             self._preview_publishers[name] = self.create_publisher(JointTrajectoryMsg, f'~/preview/{name}', qos.COMMAND)
-        self._inputs = Inputs(self, robot, self._runtime, self.now_ns)
+        self._inputs = Inputs(self, robot, self.runtime, self.now_ns, self._log)
         self._loop_timers = [
             self.create_timer(1.0 / settings.replan_rate, self._tick),
             self.create_timer(_WATCH_PERIOD_S, self._watch),
@@ -223,13 +225,15 @@ class PolicyNode(LifecycleNode):
             self.destroy_timer(timer)
         for service in self._loop_services:
             self.destroy_service(service)
-        for publisher in (*self._command_publishers.values(), *self._preview_publishers.values()):
+        for publisher in self._command_publishers.values():
+            self.destroy_lifecycle_publisher(publisher)
+        for publisher in self._preview_publishers.values():
             self.destroy_publisher(publisher)
-        if self._executor_thread is not None:
-            self._executor_thread.close()
+        if self._executor_thread is not None and not self._executor_thread.close(_RELEASE_PATIENCE_S):
+            self.get_logger().error('the policy thread does not end and is left behind with its memory: restart the node')
         self._inputs, self._loop_timers, self._loop_services = None, [], []
         self._command_publishers, self._preview_publishers = {}, {}
-        self._runtime, self._policy, self._executor_thread = None, None, None
+        self.runtime, self._policy, self._executor_thread = None, None, None
         gc.unfreeze()
         gc.collect()
 
@@ -240,49 +244,49 @@ class PolicyNode(LifecycleNode):
         return int(self.get_clock().now().nanoseconds)
 
     def _tick(self) -> None:
-        if self._runtime is not None:
-            self._runtime.tick(self.now_ns())
+        if self.runtime is not None:
+            self.runtime.tick(self.now_ns())
 
     def _watch(self) -> None:
-        if self._runtime is not None:
-            self._runtime.watch(self.now_ns())
+        if self.runtime is not None:
+            self.runtime.watch(self.now_ns())
 
     def _collect(self) -> None:
-        if self._runtime is not None:
-            self._runtime.collect(self.now_ns())
+        if self.runtime is not None:
+            self.runtime.collect(self.now_ns())
 
     def _on_stop(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        assert self._runtime is not None
-        self._runtime.stop(self.now_ns(), 'soft stop requested; call ~/reset to go on')
+        assert self.runtime is not None
+        self.runtime.stop(self.now_ns(), 'soft stop requested; call ~/reset to go on')
         response.success, response.message = True, 'braking; call ~/reset to go on'
         return response
 
     def _on_reset(self, _: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-        assert self._runtime is not None
-        self._runtime.reset(self.now_ns())
-        response.success = self._runtime.state is not State.FAULT
-        response.message = f'{self._runtime.state.name} {self._runtime.reason}'.strip()
+        assert self.runtime is not None
+        self.runtime.reset(self.now_ns())
+        response.success = self.runtime.state is not State.FAULT
+        response.message = f'{self.runtime.state.name} {self.runtime.reason}'.strip()
         return response
 
     def _on_set_instruction(self, request: SetInstruction.Request, response: SetInstruction.Response) -> SetInstruction.Response:
         """Unlike on the topic, a refused instruction leaves the old one in force: the caller is told."""
-        assert self._runtime is not None
+        assert self.runtime is not None
         try:
-            clean_instruction(request.instruction, self._runtime.robot.instruction.max_length)
+            clean_instruction(request.instruction, self.runtime.robot.instruction.max_length)
         except InstructionError as error:
             response.success, response.message = False, str(error)
             return response
-        self._runtime.instruct(request.instruction, self.now_ns())
+        self.runtime.instruct(request.instruction, self.now_ns())
         response.success = True
         return response
 
     def _on_set_parameters(self, changes: list[Any]) -> SetParametersResult:
-        configured, active = self._runtime is not None, self._runtime is not None and self._runtime.active
+        configured, active = self.runtime is not None, self.runtime is not None and self.runtime.active
         new = {change.name: change.value for change in changes}
         refusal = parameters.refusal(new, configured=configured, active=active)
-        if refusal is None and self._runtime is not None:
+        if refusal is None and self.runtime is not None:
             names = {name: new[name] for name in ('replan_rate', 'dry_run', 'max_inference_time') if name in new}
-            self._runtime.settings = replace(self._runtime.settings, **names)
+            self.runtime.settings = replace(self.runtime.settings, **names)
             if 'replan_rate' in names:
                 self._loop_timers[0].timer_period_ns = round(1e9 / names['replan_rate'])
         return SetParametersResult(successful=refusal is None, reason=refusal or '')
@@ -291,8 +295,8 @@ class PolicyNode(LifecycleNode):
 
     def on_trajectory(self, trajectory: JointTrajectory, *, actuate: bool) -> None:
         """Listener of the runtime: preview always, command if ``actuate``."""
-        assert self._runtime is not None and self._emission is not None
-        for name, controller in self._runtime.robot.controllers.items():
+        assert self.runtime is not None and self._emission is not None
+        for name, controller in self.runtime.robot.controllers.items():
             message = to_trajectory(trajectory.select(controller.joints), self._emission.header_stamp_ns(trajectory))
             if actuate:
                 self._command_publishers[name].publish(message)
@@ -304,29 +308,27 @@ class PolicyNode(LifecycleNode):
 
     def on_state(self, state: State, reason: str) -> None:
         """Listener of the runtime: tell the operator at once."""
-        sentence = f'{state.name}: {reason}' if reason else state.name
-        if state in (State.READY, State.RUNNING):
-            self.get_logger().info(sentence)
-        else:
-            self.get_logger().warning(sentence)
+        self._log.tell(f'{state.name}: {reason}' if reason else state.name, warn=state not in (State.READY, State.RUNNING))
         self.publish_status()
 
     def on_warning(self, sentence: str) -> None:
         """Listener of the runtime: for the log."""
-        self.get_logger().warning(sentence)
+        self._log.tell(sentence)
 
     def publish_status(self) -> None:
         """Publish PolicyStatus and diagnostics now."""
         now_ns, lifecycle_state = self.now_ns(), self._state_machine.current_state[1]
-        if self._runtime is None or self._policy is None:
+        if self.runtime is None or self._policy is None:
             message = status.unconfigured_status(now_ns, lifecycle_state, self.fault)
         else:
+            assert self._inputs is not None
+            self._inputs.explain_silence()
             hashes = (self._policy.checkpoint_hash, self._policy.stats_hash)
-            message = status.policy_status(self._runtime, now_ns, lifecycle_state, hashes)
+            message = status.policy_status(self.runtime, now_ns, lifecycle_state, hashes)
         if message.state != int(State.FAULT):
             message.reason = self._clock_problem(now_ns) or message.reason
         self._status_publisher.publish(message)
-        hardware_id = '' if self._runtime is None else self._runtime.robot.name
+        hardware_id = '' if self.runtime is None else self.runtime.robot.name
         self._diagnostics_publisher.publish(status.diagnostics(message, self.get_fully_qualified_name(), hardware_id))
 
     def _clock_problem(self, now_ns: int) -> str:

@@ -72,6 +72,19 @@ def fit_statistics(data: ExampleSet, processor: MapAnythingLlava3DProcessor, mod
     return Statistics(Normalizer.fit(mode, state), Normalizer.fit(mode, actions))
 
 
+def varying_words(data: ExampleSet, processor: MapAnythingLlava3DProcessor) -> tuple[Tensor, Tensor]:
+    """Token ids ``[W]`` that some sentences of ``data`` use and others do not, and the share of sentences that use each."""
+    counts: dict[int, int] = {}
+    ids_of: dict[str, set[int]] = {}
+    for sentence in data.instructions:
+        if sentence not in ids_of:
+            ids_of[sentence] = set(processor.prompt_batch([sentence])['input_ids'][0].tolist())
+        for token in ids_of[sentence]:
+            counts[token] = counts.get(token, 0) + 1
+    varying = sorted(token for token, count in counts.items() if count < len(data))
+    return torch.tensor(varying, dtype=torch.long), torch.tensor([counts[token] / len(data) for token in varying])
+
+
 @dataclass
 class _Batch:
     inputs: dict[str, Tensor]
@@ -109,9 +122,10 @@ class Trainer:
         # Plain matrix products: the fused kernel's backward pass is several times slower on a CPU.
         self.model.vision_tower.set_attn_implementation('eager')
         config = model.config
+        self._words, frequency = varying_words(data, processor)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
-            self.head = GroundingHead(config.hidden_size, config.vision_config.patch_size, config.image_grid)
+            self.head = GroundingHead(config.hidden_size, config.vision_config.patch_size, config.image_grid, frequency)
         self._parameters = [*model.parameters(), *self.head.parameters()]
         self._average = [parameter.detach().clone() for parameter in self._parameters]
         decay = [parameter for parameter in self._parameters if parameter.dim() > 1]
@@ -192,11 +206,13 @@ class Trainer:
             examples = torch.cat([of_scene[int(scene)] for scene in scenes])
             state = data.state[examples].numpy()
             error = self.processor.unnormalize_actions(chunk, state) - data.actions[examples].numpy()
-            totals.append((float(loss), float(grounding.patch), float(grounding.accuracy), float(np.abs(error).mean())))
+            parts = (loss, grounding.patch, grounding.naming, grounding.accuracy)
+            totals.append((*(float(part) for part in parts), float(np.abs(error).mean())))
             seen += len(examples)
             if seen >= limit:
                 break
-        return dict(zip(('flow', 'grounding', 'accuracy', 'action_error'), map(float, np.mean(totals, axis=0)), strict=True))
+        names = ('flow', 'grounding', 'naming', 'accuracy', 'action_error')
+        return dict(zip(names, map(float, np.mean(totals, axis=0)), strict=True))
 
     def save_state(self) -> None:
         """Write everything that `resume` needs, all at once."""
@@ -248,16 +264,24 @@ class Trainer:
         self._optimizer.step()
         decay = min(options.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self._average, [parameter.detach() for parameter in self._parameters], 1.0 - decay)
-        measured = {'flow': flow, 'grounding': grounding.patch, 'accuracy': grounding.accuracy, 'norm': norm}
+        measured = {
+            'flow': flow,
+            'grounding': grounding.patch,
+            'naming': grounding.naming,
+            'accuracy': grounding.accuracy,
+            'norm': norm,
+        }
         return {name: float(value.detach()) for name, value in measured.items()}
 
     def _losses(self, batch: _Batch, generator: torch.Generator) -> tuple[Tensor, GroundingLoss]:
         output = self.model(
             **batch.inputs, actions=batch.actions, repeats=self.options.repeats, generator=generator, output_hidden_states=True
         )
-        tokens = output.hidden_states[-1][batch.inputs['image_token_mask']]
-        count, views = batch.target_pixels.shape[:2]
-        return output.loss, self.head(tokens.view(count, views, -1, tokens.shape[-1]), batch.target_pixels)
+        ids, slots = batch.inputs['input_ids'], batch.inputs['image_token_mask']
+        tokens, before = output.hidden_states[-1][slots], output.hidden_states[0][slots]
+        shape = (*batch.target_pixels.shape[:2], -1, tokens.shape[-1])
+        words = (ids[:, :, None] == self._words).any(dim=1)
+        return output.loss, self.head(tokens.view(shape), before.view(shape), batch.target_pixels, words)
 
     def _batch(self, data: ExampleSet, of_scene: list[Tensor], actions: Tensor, scenes: Tensor) -> _Batch:
         examples = torch.cat([of_scene[int(scene)] for scene in scenes])
