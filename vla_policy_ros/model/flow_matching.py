@@ -148,6 +148,13 @@ class FlowMatchingActionExpert(nn.Module):
             noise = torch.randn(actions.shape, device=actions.device, generator=generator)
         if time is None:
             time = self.sample_time(len(actions), actions.device, generator)
+        if noise.shape != actions.shape or time.shape != (len(actions),):
+            raise ValueError(
+                f'noise is {tuple(noise.shape)} and time {tuple(time.shape)}; for these targets they must be '
+                f'{tuple(actions.shape)} and {(len(actions),)}'
+            )
+        if action_is_pad is not None and action_is_pad.shape != (batch, actions.shape[1]):
+            raise ValueError(f'action_is_pad is {tuple(action_is_pad.shape)}; it must be {(batch, actions.shape[1])}')
         x, target = interpolate(actions, noise.float(), time.float())
         condition = self._prepare(prefix_embs, state, attention_mask, position_ids, prefix_past_key_values, batch)
         embedded = self._time_features(time)

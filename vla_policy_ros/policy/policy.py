@@ -132,6 +132,12 @@ class Policy:
             _, stages = self._run(observation)
         return sum(stages.values())
 
+    def close(self) -> None:
+        """Let go of the weights and give cached device memory back. The policy cannot answer afterwards."""
+        del self._model
+        if self._device.type == 'cuda':
+            torch.cuda.empty_cache()
+
     @torch.inference_mode()
     def _run(self, observation: Observation) -> tuple[np.ndarray[Any, np.dtype[np.float64]], dict[str, float]]:
         marks = [time.perf_counter()]

@@ -230,7 +230,10 @@ class PolicyNode(LifecycleNode):
         for publisher in self._preview_publishers.values():
             self.destroy_publisher(publisher)
         if self._executor_thread is not None and not self._executor_thread.close(_RELEASE_PATIENCE_S):
+            self._policy = None  # still in use over there
             self.get_logger().error('the policy thread does not end and is left behind with its memory: restart the node')
+        if self._policy is not None:
+            self._policy.close()
         self._inputs, self._loop_timers, self._loop_services = None, [], []
         self._command_publishers, self._preview_publishers = {}, {}
         self.runtime, self._policy, self._executor_thread = None, None, None

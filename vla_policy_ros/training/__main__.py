@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from vla_policy_ros.policy.checkpoint import DTYPES, RobotSignature, load_checkpoint, new_model, new_processor, save_checkpoint
+from vla_policy_ros.resources import robot_path
 from vla_policy_ros.robot import load_robot
 from vla_policy_ros.training.dataset import ExampleSet
 from vla_policy_ros.training.tabletop import VALIDATION_SEED, scene_weights, tabletop_examples
@@ -44,7 +45,7 @@ def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     torch.set_flush_denormal(True)
-    robot = load_robot(arguments.robot)
+    robot = load_robot(robot_path(arguments.robot))
     if arguments.start_from:
         start = load_checkpoint(arguments.start_from, robot)
         model, processor = start.model, start.processor

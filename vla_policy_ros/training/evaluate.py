@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from vla_policy_ros.policy.policy import Policy
+from vla_policy_ros.resources import robot_path
 from vla_policy_ros.robot import Robot, load_robot
 from vla_policy_ros.sim.instructions import instruction_for
 from vla_policy_ros.sim.world import TabletopWorld
@@ -115,7 +116,7 @@ def main() -> None:
     parser.add_argument('--json', type=Path, help='write the result here')
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    robot = load_robot(arguments.robot)
+    robot = load_robot(robot_path(arguments.robot))
     policy = Policy.load(arguments.checkpoint, robot, num_steps=arguments.steps, seed=0)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.episodes)
     episodes = []
