@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,7 @@ from vla_policy_ros.robot import Robot, load_robot
 from vla_policy_ros.training.baselines import unconditional_loss, zero_velocity_loss
 from vla_policy_ros.training.dataset import ExampleSet
 from vla_policy_ros.training.grounding import GroundingHead
-from vla_policy_ros.training.tabletop import scene_weights
-from vla_policy_ros.training.trainer import Trainer, TrainingOptions, fit_statistics, learning_rate, varying_words
+from vla_policy_ros.training.trainer import Trainer, TrainingOptions, fit_statistics, learning_rate
 from vla_policy_ros.types import CameraView, Observation
 
 K = np.array([[70.0, 0.0, 39.5], [0.0, 70.0, 29.5], [0.0, 0.0, 1.0]])
@@ -106,55 +105,22 @@ def test_correlated_chunks_are_easier_without_looking() -> None:
     assert unconditional_loss(repeated, config) < 0.5 * unconditional_loss(independent, config)
 
 
-def test_grounding_finds_the_patch_that_holds_the_pixel_and_its_words() -> None:
-    frequency = torch.tensor([0.5, 0.25])
-    head = GroundingHead(width=8, patch_size=14, grid=4, word_frequency=frequency)
-    tokens, before = torch.zeros(3, 1, 16, 8), torch.zeros(3, 1, 16, 8)
+def test_grounding_finds_the_patch_that_holds_the_pixel() -> None:
+    head = GroundingHead(width=8, patch_size=14, grid=4)
+    tokens = torch.zeros(3, 1, 16, 8)
     pixels = torch.tensor([[[14.0, 28.0]], [[float('nan'), 3.0]], [[55.4, 0.0]]])
-    words = torch.tensor([[True, False], [True, True], [False, True]])
-    for row, cell, sign in ((0, 2 * 4 + 1, 1.0), (2, 3, -1.0)):
+    for row, cell in ((0, 2 * 4 + 1), (2, 3)):
         tokens[row, 0, cell] = torch.tensor([5.0, -5.0] * 4)
-        before[row, 0, cell] = sign * torch.tensor([5.0, -5.0] * 4)
     with torch.no_grad():
         head.logit.weight.copy_(torch.tensor([[9.0, -9.0] * 4]))
         head.offset.weight.zero_()
         head.offset.bias.zero_()
-        head.words.weight.zero_()
-    loss = head(tokens, before, pixels, words)
+    loss = head(tokens, pixels)
     assert float(loss.accuracy) == 1.0 and float(loss.patch.detach()) < 1e-6
     offsets = [((14.5 / 14) % 1 - 0.5, (28.5 / 14) % 1 - 0.5), ((55.9 / 14) % 1 - 0.5, 0.5 / 14 - 0.5)]
     assert float(loss.offset.detach()) == pytest.approx(np.mean(np.square(offsets)), abs=1e-5)
-    chance = -(2 * np.log(0.5) + np.log(0.75) + np.log(0.25)) / 2
-    assert float(loss.naming.detach()) == pytest.approx(chance, abs=1e-5), 'starts at the words that are frequent'
-    with torch.no_grad():
-        head.words.weight.copy_(torch.tensor([[9.0, -9.0] * 4, [-9.0, 9.0] * 4]))
-    assert float(head(tokens, before, pixels, words).naming.detach()) < 1e-6
-    nowhere = head(tokens, before, torch.full((3, 1, 2), float('nan')), words)
+    nowhere = head(tokens, torch.full((3, 1, 2), float('nan')))
     assert float(nowhere.total.detach()) == 0.0
-
-
-def test_words_that_every_sentence_uses_are_left_out(robot: Robot, data: ExampleSet) -> None:
-    processor = new_processor(robot, 'tiny', new_model(robot, 'tiny').config)
-    ids, frequency = varying_words(data, processor)
-    assert sorted(processor.tokenizer.decode([token]).strip() for token in ids.tolist()) == ['blue', 'red']
-    assert frequency.tolist() == [0.5, 0.5]
-
-
-def test_scenes_that_need_the_shape_word_are_drawn_more_often(robot: Robot, data: ExampleSet, tmp_path: Path) -> None:
-    sentences = ['reach the red cube', 'go to the red ball', 'touch the ball', 'touch the blue cube'] * 12
-    mixed = replace(data, instructions=sentences)
-    weights = scene_weights(mixed, 3)
-    assert weights.tolist() == [3, 3] * 12, 'a shared colour; a sentence without a colour'
-    plain = replace(data, instructions=['reach the red cube', 'go to the blue ball'] * 24)
-    assert scene_weights(plain, 3).tolist() == [1] * 24
-    weights = torch.tensor([5] + [0] * 23)
-    trainer = make_trainer(robot, data, tmp_path, scenes_per_step=5)
-    weighted = Trainer(trainer.model, trainer.processor, data, trainer.options, tmp_path, None, weights)
-    seen: list[torch.Tensor] = []
-    inner = weighted._batch
-    weighted._batch = lambda *given: (seen.append(given[3]), inner(*given))[1]  # type: ignore[method-assign]
-    weighted._train_step()
-    assert seen[0].tolist() == [0] * 5
 
 
 def test_learning_rate_rises_then_falls() -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from vla_policy_ros.control.hermite import coefficients, evaluate
 from vla_policy_ros.control.limits import JointLimits
 from vla_policy_ros.types import JointTrajectory
 
@@ -33,22 +34,14 @@ class Extrema:
     acceleration: Array
 
 
-def hermite_coefficients(seconds: Array, positions: Array, velocities: Array) -> tuple[Array, Array]:
-    """Coefficients ``c2, c3`` ``[N-1, J]`` of ``q0 + v0 t + c2 t^2 + c3 t^3`` between knots at ``seconds`` ``[N]``."""
-    duration = np.diff(seconds)[:, None]
-    mean = np.diff(positions, axis=0) / duration
-    start, end = velocities[:-1], velocities[1:]
-    return (3.0 * mean - 2.0 * start - end) / duration, (start + end - 2.0 * mean) / duration**2
-
-
 def extrema(trajectory: JointTrajectory) -> Extrema:
     """Exact extrema of the cubic interpolant of ``trajectory``; one knot alone is a standing point."""
     q, v = trajectory.positions, trajectory.velocities
     if len(q) < 2:
         return Extrema(q[0], q[0], np.abs(v[0]), np.zeros_like(v[0]))
     seconds = (trajectory.times_ns - trajectory.times_ns[0]) * 1e-9
-    c2, c3 = hermite_coefficients(seconds, q, v)
     duration = np.diff(seconds)[:, None]
+    c2, c3 = coefficients(q[:-1], v[:-1], q[1:], v[1:], duration)
 
     with np.errstate(divide='ignore', invalid='ignore'):
         root = np.sqrt(c2 * c2 - 3.0 * c3 * v[:-1])
@@ -59,10 +52,10 @@ def extrema(trajectory: JointTrajectory) -> Extrema:
     lowest, highest = q.min(axis=0), q.max(axis=0)
     for turn in turns:
         t = np.where((turn > 0.0) & (turn < duration), turn, 0.0)
-        peak = q[:-1] + t * (v[:-1] + t * (c2 + t * c3))
+        peak = evaluate(q[:-1], v[:-1], c2, c3, t)[0]
         lowest, highest = np.minimum(lowest, peak.min(axis=0)), np.maximum(highest, peak.max(axis=0))
     t = np.where((vertex > 0.0) & (vertex < duration), vertex, 0.0)
-    speed = np.maximum(np.abs(v).max(axis=0), np.abs(v[:-1] + t * (2.0 * c2 + 3.0 * t * c3)).max(axis=0))
+    speed = np.maximum(np.abs(v).max(axis=0), np.abs(evaluate(q[:-1], v[:-1], c2, c3, t)[1]).max(axis=0))
     ends = np.maximum(np.abs(2.0 * c2), np.abs(2.0 * c2 + 6.0 * c3 * duration))
     return Extrema(lowest, highest, speed, ends.max(axis=0))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from vla_policy_ros.control.hermite import coefficients, evaluate
+
 Array = NDArray[np.float64]
 
 
@@ -44,13 +46,11 @@ class ChunkPath:
         index = np.clip(np.searchsorted(self._seconds, t, side='right') - 1, 0, len(self._seconds) - 2)
         duration = (self._seconds[index + 1] - self._seconds[index])[:, None]
         s = t[:, None] - self._seconds[index][:, None]
-        q0, v0, v1 = self._waypoints[index], self._slopes[index], self._slopes[index + 1]
-        mean = (self._waypoints[index + 1] - q0) / duration
-        c2 = (3.0 * mean - 2.0 * v0 - v1) / duration
-        c3 = (v0 + v1 - 2.0 * mean) / duration**2
-        velocity = v0 + s * (2.0 * c2 + s * 3.0 * c3)
+        q0, v0 = self._waypoints[index], self._slopes[index]
+        c2, c3 = coefficients(q0, v0, self._waypoints[index + 1], self._slopes[index + 1], duration)
+        position, velocity = evaluate(q0, v0, c2, c3, s)
         velocity[outside] = 0.0
-        return q0 + s * (v0 + s * (c2 + s * c3)), velocity
+        return position, velocity
 
 
 def _slopes(waypoints: Array, dt: float) -> Array:

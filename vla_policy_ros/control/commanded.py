@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from vla_policy_ros.control.hermite import coefficients, evaluate
 from vla_policy_ros.types import NS_PER_S, JointTrajectory
 
 Array = NDArray[np.float64]
@@ -61,10 +62,7 @@ class CommandedMotion:
         v0, v1 = self._velocities[index], self._velocities[index + 1]
         duration = float(self._times[index + 1] - self._times[index]) * 1e-9
         t = float(t_ns - self._times[index]) * 1e-9
-        mean = (q1 - q0) / duration
-        c2 = (3.0 * mean - 2.0 * v0 - v1) / duration
-        c3 = (v0 + v1 - 2.0 * mean) / duration**2
-        return q0 + t * (v0 + t * (c2 + t * c3)), v0 + t * (2.0 * c2 + t * 3.0 * c3)
+        return evaluate(q0, v0, *coefficients(q0, v0, q1, v1, duration), t)
 
     def knots_between(self, after_ns: int, before_ns: int) -> NDArray[np.int64]:
         """Times of the knots strictly between two moments."""

@@ -12,7 +12,7 @@ from vla_policy_ros.policy.checkpoint import DTYPES, RobotSignature, load_checkp
 from vla_policy_ros.resources import robot_path
 from vla_policy_ros.robot import load_robot
 from vla_policy_ros.training.dataset import ExampleSet
-from vla_policy_ros.training.tabletop import VALIDATION_SEED, scene_weights, tabletop_examples
+from vla_policy_ros.training.tabletop import VALIDATION_SEED, tabletop_examples
 from vla_policy_ros.training.trainer import Trainer, TrainingOptions, fit_statistics
 
 
@@ -32,7 +32,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument('--scenes-per-step', type=int, default=defaults.scenes_per_step)
     parser.add_argument('--repeats', type=int, default=defaults.repeats)
     parser.add_argument('--learning-rate', type=float, default=defaults.learning_rate)
-    parser.add_argument('--shape-weight', type=int, default=1, help='draw scenes that need the shape word this many times as often')
     parser.add_argument('--seed', type=int, default=defaults.seed)
     parser.add_argument('--float32', action='store_true', help='no bfloat16 products (for machines without them)')
     parser.add_argument('--save-dtype', choices=sorted(DTYPES), default='float16', help='weights in the checkpoint')
@@ -65,8 +64,7 @@ def main() -> None:
         seed=arguments.seed,
         bfloat16=not arguments.float32,
     )
-    weights = scene_weights(data, arguments.shape_weight)
-    trainer = Trainer(model, processor, data, options, arguments.run, held_out, weights)
+    trainer = Trainer(model, processor, data, options, arguments.run, held_out)
     trainer.resume()
 
     def save() -> None:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from vla_policy_ros.model.processing import MapAnythingLlava3DProcessor
 from vla_policy_ros.robot import Robot
-from vla_policy_ros.sim.scene import COLOURS
 from vla_policy_ros.training.dataset import ExampleSet
 
 SHARD_EXAMPLES = 6000
@@ -37,19 +33,3 @@ def tabletop_examples(robot: Robot, processor: MapAnythingLlava3DProcessor, coun
         parts.append(ExampleSet.load(file))
         print(f'examples {sum(len(part) for part in parts)} / {count}', flush=True)
     return ExampleSet.join(parts)
-
-
-def scene_weights(data: ExampleSet, shape_weight: int) -> Tensor:
-    """``shape_weight`` for scenes in which a colour word is not enough, 1 for the others; long ``[M]``.
-
-    Colour is learnt from few examples and shape, a matter of a few pixels, from many; drawing both equally often spends most of the
-    training on what is known already. A scene counts when two of its sentences share their colour, or one names no colour.
-    """
-    colours: list[list[str]] = [[] for _ in range(len(data.pixel_values))]
-    weights = torch.ones(len(colours), dtype=torch.long)
-    for scene, instruction in zip(data.scene.tolist(), data.instructions, strict=True):
-        named = set(COLOURS).intersection(instruction.split())
-        if not named or named <= set(colours[scene]):
-            weights[scene] = shape_weight
-        colours[scene].extend(named)
-    return weights

@@ -72,19 +72,6 @@ def fit_statistics(data: ExampleSet, processor: MapAnythingLlava3DProcessor, mod
     return Statistics(Normalizer.fit(mode, state), Normalizer.fit(mode, actions))
 
 
-def varying_words(data: ExampleSet, processor: MapAnythingLlava3DProcessor) -> tuple[Tensor, Tensor]:
-    """Token ids ``[W]`` that some sentences of ``data`` use and others do not, and the share of sentences that use each."""
-    counts: dict[int, int] = {}
-    ids_of: dict[str, set[int]] = {}
-    for sentence in data.instructions:
-        if sentence not in ids_of:
-            ids_of[sentence] = set(processor.prompt_batch([sentence])['input_ids'][0].tolist())
-        for token in ids_of[sentence]:
-            counts[token] = counts.get(token, 0) + 1
-    varying = sorted(token for token, count in counts.items() if count < len(data))
-    return torch.tensor(varying, dtype=torch.long), torch.tensor([counts[token] / len(data) for token in varying])
-
-
 @dataclass
 class _Batch:
     inputs: dict[str, Tensor]
@@ -102,7 +89,6 @@ class Trainer:
         options: how to train.
         run_folder: where the log and the resumable state go.
         validation: held-out examples, or None.
-        scene_weights: long ``[M]``, how often each scene is drawn per epoch; None is once.
     """
 
     def __init__(
@@ -113,7 +99,6 @@ class Trainer:
         options: TrainingOptions,
         run_folder: Path,
         validation: ExampleSet | None = None,
-        scene_weights: Tensor | None = None,
     ) -> None:
         self.model, self.processor, self.data, self.options = model, processor, data, options
         self.validation = validation
@@ -122,10 +107,9 @@ class Trainer:
         # Plain matrix products: the fused kernel's backward pass is several times slower on a CPU.
         self.model.vision_tower.set_attn_implementation('eager')
         config = model.config
-        self._words, frequency = varying_words(data, processor)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
-            self.head = GroundingHead(config.hidden_size, config.vision_config.patch_size, config.image_grid, frequency)
+            self.head = GroundingHead(config.hidden_size, config.vision_config.patch_size, config.image_grid)
         self._parameters = [*model.parameters(), *self.head.parameters()]
         self._average = [parameter.detach().clone() for parameter in self._parameters]
         decay = [parameter for parameter in self._parameters if parameter.dim() > 1]
@@ -138,8 +122,6 @@ class Trainer:
         )
         self._actions = processor.normalize_actions(data.actions.numpy(), data.state.numpy())
         self._of_scene = _examples_of_scenes(data)
-        weights = torch.ones(len(self._of_scene), dtype=torch.long) if scene_weights is None else scene_weights
-        self._pool = torch.repeat_interleave(torch.arange(len(self._of_scene)), weights)
         self.step = 0
         flat = self._actions.double().numpy()
         self.baselines = {
@@ -206,12 +188,12 @@ class Trainer:
             examples = torch.cat([of_scene[int(scene)] for scene in scenes])
             state = data.state[examples].numpy()
             error = self.processor.unnormalize_actions(chunk, state) - data.actions[examples].numpy()
-            parts = (loss, grounding.patch, grounding.naming, grounding.accuracy)
+            parts = (loss, grounding.patch, grounding.accuracy)
             totals.append((*(float(part) for part in parts), float(np.abs(error).mean())))
             seen += len(examples)
             if seen >= limit:
                 break
-        names = ('flow', 'grounding', 'naming', 'accuracy', 'action_error')
+        names = ('flow', 'grounding', 'accuracy', 'action_error')
         return dict(zip(names, map(float, np.mean(totals, axis=0)), strict=True))
 
     def save_state(self) -> None:
@@ -245,10 +227,10 @@ class Trainer:
         options = self.options
         for group in self._optimizer.param_groups:
             group['lr'] = learning_rate(self.step, options)
-        per_epoch = len(self._pool) // options.scenes_per_step
+        per_epoch = len(self._of_scene) // options.scenes_per_step
         epoch, index = divmod(self.step, max(1, per_epoch))
-        order = torch.randperm(len(self._pool), generator=torch.Generator().manual_seed(options.seed * 1_000_003 + epoch))
-        scenes = self._pool[order[index * options.scenes_per_step : (index + 1) * options.scenes_per_step]]
+        order = torch.randperm(len(self._of_scene), generator=torch.Generator().manual_seed(options.seed * 1_000_003 + epoch))
+        scenes = order[index * options.scenes_per_step : (index + 1) * options.scenes_per_step]
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + self.step)
         batch = self._batch(self.data, self._of_scene, self._actions, scenes)
         with torch.autocast('cpu', dtype=torch.bfloat16, enabled=options.bfloat16):
@@ -267,7 +249,6 @@ class Trainer:
         measured = {
             'flow': flow,
             'grounding': grounding.patch,
-            'naming': grounding.naming,
             'accuracy': grounding.accuracy,
             'norm': norm,
         }
@@ -277,11 +258,9 @@ class Trainer:
         output = self.model(
             **batch.inputs, actions=batch.actions, repeats=self.options.repeats, generator=generator, output_hidden_states=True
         )
-        ids, slots = batch.inputs['input_ids'], batch.inputs['image_token_mask']
-        tokens, before = output.hidden_states[-1][slots], output.hidden_states[0][slots]
-        shape = (*batch.target_pixels.shape[:2], -1, tokens.shape[-1])
-        words = (ids[:, :, None] == self._words).any(dim=1)
-        return output.loss, self.head(tokens.view(shape), before.view(shape), batch.target_pixels, words)
+        tokens = output.hidden_states[-1][batch.inputs['image_token_mask']]
+        count, views = batch.target_pixels.shape[:2]
+        return output.loss, self.head(tokens.view(count, views, -1, tokens.shape[-1]), batch.target_pixels)
 
     def _batch(self, data: ExampleSet, of_scene: list[Tensor], actions: Tensor, scenes: Tensor) -> _Batch:
         examples = torch.cat([of_scene[int(scene)] for scene in scenes])
