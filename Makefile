@@ -36,8 +36,7 @@ bench: setup  ## measure what each stage costs on this machine
 
 colcon: setup  ## build both packages as on a robot, into install/
 	@PYTHON="$(PYTHON)" .ci/setup.sh colcon
-	@$(RUN) export CMAKE_PREFIX_PATH="$(VENV)"; colcon build --base-paths . msg --event-handlers console_direct+ --cmake-args \
-		-DBUILD_TESTING=OFF -DCMAKE_PROJECT_INCLUDE=$(CURDIR)/.ci/ros_wheels.cmake $(ARGS)
+	@$(RUN) export CMAKE_PREFIX_PATH="$(VENV)"; colcon build --base-paths . msg --event-handlers console_direct+ $(ARGS)
 
 clean:  ## remove everything that the commands above made
 	rm -rf .venv build install log demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -117,7 +117,7 @@ requirement_step() {  # requirement_step NAME LABEL
 build_messages() {
   rm -rf "$stamps/build_msg"
   PATH=$venv/bin:$PATH cmake -S msg -B "$stamps/build_msg" -DCMAKE_INSTALL_PREFIX="$venv" -DCMAKE_PREFIX_PATH="$venv" -DBUILD_TESTING=OFF \
-    -DPython3_EXECUTABLE="$venv/bin/python" -DCMAKE_PROJECT_INCLUDE="$root/.ci/ros_wheels.cmake"
+    -DPython3_EXECUTABLE="$venv/bin/python"
   PATH=$venv/bin:$PATH cmake --build "$stamps/build_msg" -j"$(nproc)" --target install
   "$venv/bin/python" -c 'import vla_policy_msgs.msg, vla_policy_msgs.srv'
 }
@@ -203,7 +203,7 @@ requirement_step ros 'ROS 2 Jazzy'
 requirement_step runtime 'libraries'
 requirement_step messages 'message build tools'
 requirement_step dev 'test tools'
-step msg "$base_hash-$(hash_of msg .ci/ros_wheels.cmake requirements/ros.txt requirements/messages.txt)" 'building the messages' build_messages
+step msg "$base_hash-$(hash_of msg requirements/ros.txt requirements/messages.txt)" 'building the messages' build_messages
 step package "$base_hash-$(hash_of setup.py setup.cfg resource launch)" 'installing vla_policy_ros' install_package
 step gl "$base_hash-$(hash_of requirements/runtime.txt)" 'software renderer' find_renderer
 if [ "$extra" = colcon ]; then

@@ -1,4 +1,4 @@
-# Read by CMake through -DCMAKE_PROJECT_INCLUDE when ROS 2 comes from Python wheels. The wheels' exported targets name the Python
+# For ROS 2 from Python wheels; changes nothing elsewhere. The wheels' exported targets name the Python
 # include folder of the machine that built them, /opt/python/..., which CMake refuses when it does not exist here. It is taken off
 # the imported targets after the project's find_package calls, so the installed wheels stay as pip left them.
 function(_ros_wheels_drop_builder_python)
