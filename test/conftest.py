@@ -16,6 +16,7 @@ os.environ.setdefault('FASTRTPS_DEFAULT_PROFILES_FILE', str(ROOT / 'config' / 'f
 os.environ.setdefault('AMENT_PREFIX_PATH', sys.prefix)
 
 import fcntl  # noqa: E402
+import itertools  # noqa: E402
 import tempfile  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 
@@ -23,6 +24,7 @@ import pytest  # noqa: E402
 
 # Domains whose UDP ports stay below the range that Linux hands out to outgoing connections; 0 is everybody's default.
 DOMAINS = range(1, 102)
+_TESTS = itertools.count()
 
 
 @pytest.fixture
@@ -37,7 +39,8 @@ def ros_domain(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
     The claim is a lock on a file: test runs side by side on one machine do not hear one another, and a killed run frees it.
     """
-    offset = os.getpid() % len(DOMAINS)
+    # A different one each time: what a test leaves behind for a moment must not answer the next.
+    offset = (os.getpid() + next(_TESTS)) % len(DOMAINS)
     for domain in [*DOMAINS[offset:], *DOMAINS[:offset]]:
         with open(Path(tempfile.gettempdir()) / f'vla_policy_ros_domain_{domain}.lock', 'w') as lock:
             try:
