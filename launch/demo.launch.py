@@ -34,7 +34,10 @@ def instruct(context: LaunchContext) -> list:
     if not instruction:
         return []
     topic = load_robot(robot_path(LaunchConfiguration('robot_file').perform(context))).instruction.topic
-    command = ['ros2', 'topic', 'pub', '--once', '--wait-matching-subscriptions', '2', '--qos-durability', 'transient_local']
+    # Three subscriptions (two of the policy node, one of the simulator). Several times, because a publisher that leaves at once may
+    # be gone before a busy node has matched it; a repeated instruction changes nothing.
+    command = ['ros2', 'topic', 'pub', '--times', '5', '--rate', '2', '--wait-matching-subscriptions', '3']
+    command += ['--qos-durability', 'transient_local']
     publish = ExecuteProcess(cmd=[*command, topic, 'std_msgs/msg/String', json.dumps({'data': instruction})], output='log')
     return [RegisterEventHandler(OnStateTransition(goal_state='active', entities=[publish], handle_once=True))]
 
