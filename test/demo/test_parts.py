@@ -97,13 +97,17 @@ class TestNumbers:
             'trajectories': {'accepted': 8, 'rejected': 1, 'rejections': {'why': 1}},
             'commands': {
                 'period_s': 0.01, 'max_step_rad': 0.02, 'max_step_ratio': 0.8,
-                'joints': {'a': {'velocity_limit': 2.5}, 'b': {'velocity_limit': 1.5}},
+                'joints': {
+                    'a': {'velocity_limit': 2.5, 'max_acceleration': 4.0, 'acceleration_limit': 5.0},
+                    'b': {'velocity_limit': 1.5, 'max_acceleration': 1.0, 'acceleration_limit': 5.0},
+                },
             },
         }  # fmt: skip
         good = judge(Reach('g', 0.0, 1.0), [Sample(0.0, 'g', 'red cube', 0.3, False), Sample(1.0, 'g', 'red cube', 0.01, True)])
         bad = judge(Reach('b', 1.0, 2.0), [Sample(1.0, 'b', 'blue ball', 0.4, False), Sample(2.0, 'b', 'blue ball', 0.2, False)])
         recorded = Recorded(published_ns=[0, NS_PER_S // 4], latency_ms=[80.0, 90.0])
         summary = summarise(recorded, status, report, [good, bad])
+        assert summary['max_command_acceleration_ratio'] == 0.8
         assert (summary['initial_distance_m'], summary['final_distance_m'], summary['success']) == (0.4, 0.2, False)
         assert summary['velocity_limit_times_period_rad'] == pytest.approx(0.015)
         assert summary['trajectories'] == {'published': 9, 'accepted': 8, 'rejected': 1, 'rejections': {'why': 1}}

@@ -56,7 +56,8 @@ def summarise(recorded: Recorded, status: Any, report: Mapping[str, Any], reache
     ``trajectories`` counts those that the node published and those that the emulated controller took or refused; ``chunks_refused``
     are the ones that the planner did not let through. ``latency_ms`` is from image stamp to published, on the node's clock.
     ``max_command_step_rad`` is the largest step of a commanded joint position from one controller tick to the next;
-    ``max_command_step_ratio`` is the largest such step in parts of that joint's velocity limit times the period, and 1 is allowed.
+    ``max_command_step_ratio`` is the largest such step in parts of that joint's velocity limit times the period, and 1 is allowed;
+    ``max_command_acceleration_ratio`` is the same for the change of velocity from tick to tick and the acceleration limit.
     The distances at the top are those of the instruction that ended farthest from its goal; ``success`` is whether all succeeded.
 
     Args:
@@ -86,6 +87,9 @@ def summarise(recorded: Recorded, status: Any, report: Mapping[str, Any], reache
         'max_command_step_rad': float(commands['max_step_rad']),
         'velocity_limit_times_period_rad': min(limits) * float(commands['period_s']),
         'max_command_step_ratio': float(commands['max_step_ratio']),
+        'max_command_acceleration_ratio': max(
+            joint['max_acceleration'] / joint['acceleration_limit'] for joint in commands['joints'].values()
+        ),
         'initial_distance_m': None if worst is None else worst.initial_distance_m,
         'final_distance_m': None if worst is None else worst.final_distance_m,
         'success': bool(reaches) and all(reach.success for reach in reaches),
