@@ -9,6 +9,8 @@ from __future__ import annotations
 SLOWER = 0.75
 SLOWEST = 0.1
 LOOK_EVERY_S = 1.0
+# One missed tick is made up at once, and a new instruction alone may cause it.
+TOLERATED = 1
 
 
 class Pace:
@@ -29,7 +31,7 @@ class Pace:
         if now - self._looked_at < LOOK_EVERY_S:
             return None
         missed, self._skipped, self._looked_at = requests_skipped - self._skipped, requests_skipped, now
-        if missed <= 0 or self.factor <= SLOWEST:
+        if missed <= TOLERATED or self.factor <= SLOWEST:
             return None
         self.factor = max(SLOWEST, SLOWER * self.factor)
         return self.factor
