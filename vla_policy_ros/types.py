@@ -99,11 +99,6 @@ class JointTrajectory:
     positions: NDArray[np.float64]
     velocities: NDArray[np.float64]
 
-    @property
-    def end_ns(self) -> int:
-        """Absolute time of the last knot."""
-        return self.start_ns + int(self.times_ns[-1])
-
     def select(self, joint_names: tuple[str, ...]) -> JointTrajectory:
         """The same motion restricted to ``joint_names``, in that order. Raises KeyError for a joint it does not have."""
         missing = [name for name in joint_names if name not in self.joint_names]

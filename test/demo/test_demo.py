@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import av
 import numpy as np
@@ -126,22 +127,29 @@ def test_the_operator_gets_a_readable_summary(finished: tuple[Path, dict[str, An
     assert all(reach['instruction'] in printed for reach in summary['instructions'])
 
 
-def test_an_interrupted_demo_still_writes_its_results(tmp_path: Path) -> None:
-    command = [*COMMAND, '--seconds', '600', '--out', str(tmp_path)]
+@contextmanager
+def _moving_demo(out: Path) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
+    """A long demo that has planned its first chunks, and what it prints from there on; ended at the latest on leaving."""
     demo = subprocess.Popen(
-        command, cwd=ROOT, env=_environment() | {'PYTHONUNBUFFERED': '1'}, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+        [*COMMAND, '--seconds', '600', '--out', str(out)],
+        cwd=ROOT, env=_environment() | {'PYTHONUNBUFFERED': '1'}, stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
     try:
         assert demo.stdout is not None
         for line in demo.stdout:
             if 'RUNNING' in line and ' 0 chunks' not in line:
                 break
-        demo.send_signal(signal.SIGINT)
-        demo.stdout.read()
-        assert demo.wait(60) == 0
+        yield demo, demo.stdout
     finally:
         demo.terminate()
         demo.wait()
+
+
+def test_an_interrupted_demo_still_writes_its_results(tmp_path: Path) -> None:
+    with _moving_demo(tmp_path) as (demo, output):
+        demo.send_signal(signal.SIGINT)
+        output.read()
+        assert demo.wait(60) == 0
     summary = json.loads((tmp_path / 'summary.json').read_text())
     assert summary['interrupted'] and summary['chunks'] > 0 and summary['trajectories']['rejected'] == 0
     assert (tmp_path / 'demo.mp4').is_file()
@@ -159,22 +167,11 @@ def test_a_policy_that_cannot_work_ends_the_demo_with_the_reason(tmp_path: Path)
 
 
 def test_a_killed_policy_node_ends_the_demo_with_its_last_words(tmp_path: Path) -> None:
-    command = [*COMMAND, '--seconds', '600', '--out', str(tmp_path)]
-    demo = subprocess.Popen(
-        command, cwd=ROOT, env=_environment() | {'PYTHONUNBUFFERED': '1'}, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        assert demo.stdout is not None
-        for line in demo.stdout:
-            if 'RUNNING' in line:
-                break
+    with _moving_demo(tmp_path) as (demo, output):
         (victim,) = _children_of(tmp_path, 'vla_policy_ros.ros.policy_node')
         os.kill(victim, signal.SIGKILL)
-        printed = demo.stdout.read()
+        printed = output.read()
         assert demo.wait(60) == 1
-    finally:
-        demo.terminate()
-        demo.wait()
     assert 'the policy was killed by signal 9' in printed and 'policy.log' in printed
     assert _children_of(tmp_path) == []
 
