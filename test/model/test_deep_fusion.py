@@ -211,7 +211,7 @@ def test_cache_is_only_read() -> None:
             for _ in range(2)
         ]
     assert torch.equal(*chunks)
-    assert all(torch.equal(a, b) for old, new in zip(before, cache, strict=True) for a, b in zip(old, new, strict=True))
+    assert all(torch.equal(a, b) for old, new in zip(before.layers, cache.layers, strict=True) for a, b in zip(old, new, strict=True))
 
 
 def test_fewer_expert_layers_read_every_second_language_layer() -> None:
@@ -219,7 +219,7 @@ def test_fewer_expert_layers_read_every_second_language_layer() -> None:
     backbone = model.language_model_with_expert
     given = backbone_inputs(model, RIGHT)
     cache = backbone.prefix_pass(given['prefix'], given['mask'], given['positions']).cache
-    keys = [layer.key for layer in cache]
+    keys = [layer.key for layer in cache.layers]
     (_, out), _ = backbone(given['mask'], given['positions'], cache, (None, given['suffix']))
     read = torch.autograd.grad(out.sum(), keys, allow_unused=True)
     # The last layer's keys could reach the suffix only by being read; layer 1's still do, through the prefix of layer 2.

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from toy import ACTION_DIM, HORIZON, backbone_inputs, noise, toy_model
 
-from vla_policy_ros.model.flow_matching import SuffixLayout, euler, interpolate, time_embedding
+from vla_policy_ros.model.flow_matching import SuffixLayout, interpolate, time_embedding
+from vla_policy_ros.model.solvers import integrate
 
 STEPS = (1, 2, 3, 5, 10, 20, 40)
 
@@ -23,19 +24,19 @@ def start(rows: int = 64) -> Tensor:
 @pytest.mark.parametrize('steps', STEPS)
 def test_constant_field_moves_by_the_constant(steps: int) -> None:
     x = start()
-    torch.testing.assert_close(euler(lambda *_: torch.full_like(x, 0.7), x, steps), x - 0.7, atol=1e-6, rtol=0)
+    torch.testing.assert_close(integrate(lambda *_: torch.full_like(x, 0.7), x, steps), x - 0.7, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize('steps', STEPS)
 def test_field_of_one_point_ends_in_that_point_for_any_number_of_steps(steps: int) -> None:
     x, point = start().float(), torch.tensor([0.3, -2.0])
-    end = euler(lambda y, k: (y - point) / (1.0 - k / steps), x, steps)
+    end = integrate(lambda y, k: (y - point) / (1.0 - k / steps), x, steps)
     torch.testing.assert_close(end, point.expand_as(end), atol=1e-6, rtol=0)
 
 
 def test_the_opposite_sign_does_not_end_in_the_point() -> None:
     x, point = start(), torch.tensor([0.3, -2.0])
-    end = euler(lambda y, k: -(y - point) / (1.0 - k / 10), x, 10)
+    end = integrate(lambda y, k: -(y - point) / (1.0 - k / 10), x, 10)
     assert (end - point).abs().mean() > 1.0
 
 
@@ -43,7 +44,7 @@ def test_linear_field_converges_with_first_order() -> None:
     x, rate = start(), 0.7
     errors = []
     for steps in (10, 20, 40):
-        end = euler(lambda y, _: rate * y, x, steps)
+        end = integrate(lambda y, _: rate * y, x, steps)
         torch.testing.assert_close(end, x * (1 - rate / steps) ** steps, atol=1e-6, rtol=0)
         errors.append(float((end - x * math.exp(-rate)).abs().mean()))
     assert all(1.8 < a / b < 2.2 for a, b in pairwise(errors))
@@ -59,13 +60,13 @@ def test_gaussian_field_converges_to_the_exact_map() -> None:
             gain = (t - (1 - t) * sigma**2) / (t**2 + (1 - t) ** 2 * sigma**2)
             return -mean + gain * (y - (1 - t) * mean)
 
-        errors.append(float((euler(field, x, steps) - (mean + sigma * x)).abs().max()))
+        errors.append(float((integrate(field, x, steps) - (mean + sigma * x)).abs().max()))
     assert all(1.7 < a / b < 2.2 for a, b in pairwise(errors))
 
 
 def test_no_steps_is_an_error() -> None:
     with pytest.raises(ValueError, match='num_steps is 0'):
-        euler(lambda y, _: y, start(), 0)
+        integrate(lambda y, _: y, start(), 0)
 
 
 def test_interpolation_ends_in_actions_and_noise() -> None:
@@ -116,11 +117,11 @@ def loss_of(model: torch.nn.Module, **given: object) -> Tensor:
 def test_loss_is_zero_for_the_true_velocity_and_the_target_energy_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
     model, actions, eps = toy_model(), noise(seed=9), noise()
     expert = model.action_expert
-    monkeypatch.setattr(expert, '_velocity', lambda *_: eps - actions)
+    monkeypatch.setattr(expert, 'velocity', lambda *_: eps - actions)
     assert float(loss_of(model, noise=eps)) == pytest.approx(0.0, abs=1e-6)
-    monkeypatch.setattr(expert, '_velocity', lambda *_: actions - eps)
+    monkeypatch.setattr(expert, 'velocity', lambda *_: actions - eps)
     assert float(loss_of(model, noise=eps)) > 1.0, 'the opposite sign is not a solution'
-    monkeypatch.setattr(expert, '_velocity', lambda x, *_: torch.zeros_like(x))
+    monkeypatch.setattr(expert, 'velocity', lambda x, *_: torch.zeros_like(x))
     many = loss_of(model, repeats=4000, generator=torch.Generator().manual_seed(0))
     assert float(many) == pytest.approx(1.0 + float(actions.square().mean()), rel=0.01)
 
@@ -182,9 +183,9 @@ def test_sampling_with_and_without_a_cache_equals_the_formula(cached: bool, cond
         )
         x = noise()
         for k in range(steps):
-            condition = expert._prepare(inputs['prefix'], state, inputs['mask'], inputs['positions'], None, 2)
+            condition = expert.prepare(inputs['prefix'], state, inputs['mask'], inputs['positions'], None, 2)
             time = torch.full((2,), 1.0 - k / steps)
-            x = x - expert._velocity(x, expert._time_features(time), condition) / steps
+            x = x - expert.velocity(x, expert.time_features(time), condition) / steps
     torch.testing.assert_close(got, x, atol=1e-5 * steps, rtol=0)
 
 
@@ -199,7 +200,7 @@ def test_suffix_rows_are_where_the_layout_says(conditioning: str, use_state: boo
 
     def rows(actions: Tensor, time: float, state: float) -> Tensor:
         token = expert.state_proj(torch.full((1, 4), state))[:, None] if use_state else None
-        return expert._suffix(actions, expert._time_features(torch.tensor([time])), token)[0]
+        return expert.suffix(actions, expert.time_features(torch.tensor([time])), token)[0]
 
     base = torch.zeros(1, HORIZON, ACTION_DIM)
     reference = rows(base, 0.5, 0.0)
@@ -229,9 +230,9 @@ def test_each_action_is_read_from_its_own_row() -> None:
             layer.mlp.down_proj.weight.zero_()
     inputs = backbone_inputs(model, [[1] * 6])
     x = torch.randn(1, HORIZON, ACTION_DIM)
-    condition = expert._prepare(inputs['prefix'], torch.ones(1, 4), inputs['mask'], inputs['positions'], None, 1)
+    condition = expert.prepare(inputs['prefix'], torch.ones(1, 4), inputs['mask'], inputs['positions'], None, 1)
     with torch.no_grad():
-        got = expert._velocity(x, expert._time_features(torch.tensor([0.5])), condition)
+        got = expert.velocity(x, expert.time_features(torch.tensor([0.5])), condition)
         expected = expert.action_out_proj(backbone.expert_norm(expert.action_in_proj(x)))
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
 
@@ -265,7 +266,7 @@ def test_bfloat16_velocity_points_the_same_way() -> None:
         model = model.to(dtype)
         expert = model.action_expert
         with torch.no_grad():
-            condition = expert._prepare(inputs['prefix'].to(dtype), torch.ones(2, 4), inputs['mask'], inputs['positions'], None, 2)
-            velocities.append(expert._velocity(noise(), expert._time_features(torch.tensor([0.2, 0.8])), condition))
+            condition = expert.prepare(inputs['prefix'].to(dtype), torch.ones(2, 4), inputs['mask'], inputs['positions'], None, 2)
+            velocities.append(expert.velocity(noise(), expert.time_features(torch.tensor([0.2, 0.8])), condition))
     assert all(v.dtype == torch.float32 and torch.isfinite(v).all() for v in velocities)
     assert torch.nn.functional.cosine_similarity(velocities[0].flatten(), velocities[1].flatten(), dim=0) > 0.99

@@ -15,9 +15,9 @@ from transformers.models.siglip import SiglipVisionModel
 
 from vla_policy_ros.model.attention import boolean_mask
 from vla_policy_ros.model.configuration import MapAnythingLlava3DConfig
-from vla_policy_ros.model.fusion import unit_rgb, vision_pixels
 from vla_policy_ros.model.geometry import GeometryTrunk
 from vla_policy_ros.model.modeling import MapAnythingLlava3DForConditionalGeneration
+from vla_policy_ros.model.vision import unit_rgb, vision_pixels
 
 Model = MapAnythingLlava3DForConditionalGeneration
 
@@ -77,7 +77,7 @@ def test_views_are_laid_out_one_after_the_other(model: Model) -> None:
     other[:, 1] = 0
     changed = (model.get_image_features(other, inputs['intrinsic']) != both).any(-1)
     assert changed[:, TOKENS_PER_VIEW:].all()
-    alone = toy_model(geometry_config=None)
+    alone = toy_model(use_geometric_branch=False)
     first = alone.get_image_features(inputs['pixel_values'][:, 0])
     torch.testing.assert_close(alone.get_image_features(inputs['pixel_values'])[:, :TOKENS_PER_VIEW], first, atol=1e-5, rtol=0)
 
@@ -148,7 +148,7 @@ def test_what_does_not_fit_is_refused_with_its_numbers(model: Model, change: str
 
 
 def test_actions_without_an_expert_are_refused() -> None:
-    speaker = toy_model(expert_config=None)
+    speaker = toy_model(use_action_expert=False)
     with pytest.raises(ValueError, match='no action expert'):
         speaker(**{k: v for k, v in policy_inputs().items() if k != 'state'}, actions=noise())
 
@@ -158,7 +158,7 @@ def test_pixel_contract_uint8_and_unit_float_are_the_same_image(model: Model) ->
     as_float = {**inputs, 'pixel_values': inputs['pixel_values'].float() / 255}
     assert torch.equal(model.predict_action(inputs, noise=noise()), model.predict_action(as_float, noise=noise()))
     rgb = unit_rgb(torch.tensor([[0, 255]], dtype=torch.uint8))
-    assert vision_pixels(rgb).tolist() == [[-1.0, 1.0]]
+    assert vision_pixels(rgb.expand(3, 1, 2), 'siglip_vision_model')[0].tolist() == [[-1.0, 1.0]]
 
 
 @torch.no_grad()
@@ -186,7 +186,7 @@ def test_fusion_starts_as_the_identity() -> None:
         torch.manual_seed(0)
         model = Model(toy_config(fusion_mode=mode)).eval()
         fused = model.get_image_features(inputs['pixel_values'], inputs['intrinsic'])
-        pixels = vision_pixels(unit_rgb(inputs['pixel_values'])).flatten(0, 1)
+        pixels = vision_pixels(unit_rgb(inputs['pixel_values']), 'siglip_vision_model').flatten(0, 1)
         plain = model.vision_projector(model.vision_tower(pixel_values=pixels).last_hidden_state).view_as(fused)
         assert torch.equal(fused, plain), mode
 

@@ -32,12 +32,11 @@ EXPERT = {
 
 def toy_config(**changes: Any) -> MapAnythingLlava3DConfig:
     """The toy configuration; a dict value is merged into the sub-config of that name."""
-    parts: dict[str, Any] = {
-        'vision_config': dict(VISION),
-        'geometry_config': dict(GEOMETRY),
-        'text_config': dict(TEXT),
-        'expert_config': dict(EXPERT),
-    }
+    parts: dict[str, Any] = {'vision_config': dict(VISION), 'text_config': dict(TEXT)}
+    if changes.get('use_geometric_branch', True):
+        parts['geometry_config'] = dict(GEOMETRY)
+    if changes.get('use_action_expert', True):
+        parts['expert_config'] = dict(EXPERT)
     for name, value in changes.items():
         parts[name] = {**parts[name], **value} if isinstance(value, dict) and name in parts else value
     return MapAnythingLlava3DConfig(**parts)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def block_attention_mask(pad: Tensor, starts_block: Tensor) -> Tensor:
@@ -62,6 +63,38 @@ def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary position embedding of ``x`` ``[B, heads, L, dh]`` with cosine and sine tables ``[B, L, dh]``."""
     cosine, sine = (table.unsqueeze(1) for table in rotary)
     return x * cosine + rotate_half(x) * sine
+
+
+def resolve_implementation(implementation: str, device: torch.device) -> str:
+    """``auto`` as ``sdpa`` on CUDA, where the fused kernels are, and as ``eager`` elsewhere, where matrix products are faster."""
+    if implementation == 'auto':
+        return 'sdpa' if device.type == 'cuda' else 'eager'
+    return implementation
+
+
+def simplified_mask(allowed: Tensor) -> Tensor | None:
+    """None where nothing is masked, so that no kernel reads a mask and SDPA may choose FlashAttention. Asks the device once."""
+    return None if allowed.device.type != 'meta' and bool(allowed.all()) else allowed
+
+
+def attend(
+    query: Tensor, segments: Sequence[tuple[Tensor, Tensor]], allowed: Tensor | None, implementation: str = 'auto'
+) -> Tensor:
+    """Softmax attention of one set of queries over key/value segments; arguments and result as in `grouped_attention`.
+
+    ``eager`` is `grouped_attention`. ``sdpa`` is torch's scaled_dot_product_attention, which takes FlashAttention where ``allowed``
+    is None and the device has it; it joins several segments by copying them, so that inference gives it one segment.
+    """
+    if resolve_implementation(implementation, query.device) == 'eager':
+        return grouped_attention(query, segments, allowed)
+    rows, heads, length, width = query.shape
+    repeats = rows // segments[0][0].shape[0]
+    full = [[part if len(part) == rows else part.repeat_interleave(repeats, dim=0) for part in segment] for segment in segments]
+    key, value = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) for parts in zip(*full, strict=True))
+    if allowed is not None and repeats > 1:
+        allowed = allowed.repeat_interleave(repeats, dim=0) if len(allowed) > 1 else allowed
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, enable_gqa=key.shape[1] != heads)
+    return mixed.transpose(1, 2).reshape(rows, length, heads * width)
 
 
 def grouped_attention(query: Tensor, segments: Sequence[tuple[Tensor, Tensor]], allowed: Tensor | None) -> Tensor:

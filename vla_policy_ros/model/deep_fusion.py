@@ -2,8 +2,8 @@
 
 The prefix (image tokens and words) never looks at the suffix (state, noisy actions, time). One joint forward therefore equals a
 prefix pass that leaves keys and values per layer, followed by a suffix pass that reads them next to its own. Training and
-inference both use these two passes: there is no second code path that could disagree, and the cache is a tuple of tensors that
-nothing ever writes to.
+inference both use these two passes: there is no second code path that could disagree, and no pass ever changes the prefix part of
+the cache.
 
     prefix:  x_p -> [layer 0] -> [layer 1] -> ...            uses the language model's weights
                       |K,V         |K,V
@@ -13,6 +13,7 @@ nothing ever writes to.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,9 +22,9 @@ from torch import Tensor, nn
 
 from vla_policy_ros.model.attention import (
     apply_rotary,
+    attend,
     block_attention_mask,
     boolean_mask,
-    grouped_attention,
     position_ids_from_pad,
     prefix_block_starts,
 )
@@ -32,14 +33,39 @@ from vla_policy_ros.model.initial import start_as
 
 
 class LayerCache(NamedTuple):
-    """Keys (rotated) and values of one layer, ``[B, kv_heads, Lp, dh]`` each."""
+    """Keys (rotated) and values of one layer, ``[B, kv_heads, Lp + room, dh]`` each."""
 
     key: Tensor
     value: Tensor
 
 
-PrefixCache = tuple[LayerCache, ...]
-"""One `LayerCache` per language layer. Read only."""
+@dataclass(frozen=True)
+class PrefixCache:
+    """What a suffix needs of a prefix: one `LayerCache` per language layer.
+
+    Immutable form (``room`` 0): the tensors hold the prefix and are only read. Preallocated form (``room`` = suffix tokens): behind
+    the prefix lies room into which every suffix pass writes its own keys and values, so that each layer is one contiguous segment
+    at a fixed address; for inference without gradients and one suffix per prefix.
+
+    Attributes:
+        layers: per language layer.
+        length: prefix tokens Lp.
+        room: free slots behind the prefix.
+    """
+
+    layers: tuple[LayerCache, ...]
+    length: int
+    room: int = 0
+
+    @property
+    def batch(self) -> int:
+        """Prefixes B."""
+        return self.layers[0].key.shape[0]
+
+    @property
+    def key(self) -> Tensor:
+        """Keys of the first layer; gives device and dtype."""
+        return self.layers[0].key
 
 
 @dataclass(frozen=True)
@@ -58,8 +84,36 @@ class PrefixPass:
     output: Tensor | None
 
 
+@dataclass(frozen=True)
+class Modulation:
+    """Adaptive norms of the suffix: per layer ``[n, 6 E]`` (scale, shift, gate of both norms), for the end ``[n, 2 E]``."""
+
+    layers: tuple[Tensor, ...]
+    final: Tensor
+
+    def at(self, index: Tensor | slice) -> Modulation:
+        """Rows ``index``: a slice, or long of any shape ``[...]`` for tables ``[..., 6 E]``."""
+        return Modulation(tuple(table[index] for table in self.layers), self.final[index])
+
+
+class ExpertModulation(nn.Module):
+    """Time condition ``[n, E]`` to `Modulation` (adaRMS of pi0.5). All zero at first: gates closed, norms plain."""
+
+    def __init__(self, width: int, num_layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(start_as(nn.Linear(width, 6 * width), 0.0) for _ in range(num_layers))
+        self.final = start_as(nn.Linear(width, 2 * width), 0.0)
+
+    def forward(self, condition: Tensor) -> Modulation:
+        return Modulation(tuple(layer(condition) for layer in self.layers), self.final(condition))
+
+
 class ExpertLayers(nn.Module):
-    """The suffix stream's own transformer layers, of the language model's family. They start as the identity."""
+    """The suffix stream's own transformer layers, of the language model's family.
+
+    They start as the identity: by zero output projections, or, where adaptive norms gate them, by closed gates (both together
+    would leave no gradient).
+    """
 
     def __init__(self, base_config: Any, layer_class: type[nn.Module], config: ActionExpertConfig, num_layers: int) -> None:
         super().__init__()
@@ -69,6 +123,8 @@ class ExpertLayers(nn.Module):
         narrow.intermediate_size = config.intermediate_size
         narrow.num_hidden_layers = num_layers
         self.layers = nn.ModuleList(layer_class(narrow, index) for index in range(num_layers))
+        if config.time_conditioning == 'adarms':
+            return
         layer: Any
         for layer in self.layers:
             start_as(layer.self_attn.o_proj, 0.0)
@@ -84,34 +140,47 @@ class LLaVA3DWithActionExpertModel(nn.Module):
     """Prefix-only, suffix-only and joint passes over a language model and an action expert.
 
     The language model is borrowed: it is not registered here, so that its parameters have exactly one name in the owner's state
-    dict. The owner moves and saves it.
+    dict. The owner moves and saves it. Gradient checkpointing follows transformers' switch
+    (``model.gradient_checkpointing_enable()``), layer by layer in both streams.
 
     Args:
         base_llava: a Llama or Mistral model for causal language modelling (``.model.layers``, ``.model.norm``,
             ``.model.rotary_emb``).
         expert_config: sizes and mode of the expert.
         prefix_attention: mask among prefix tokens when only padding is given.
+        attention_implementation: ``auto``, ``eager`` or ``sdpa`` (`attention.attend`).
     """
 
-    def __init__(self, base_llava: Any, expert_config: ActionExpertConfig, prefix_attention: str = 'bidirectional') -> None:
+    def __init__(
+        self,
+        base_llava: Any,
+        expert_config: ActionExpertConfig,
+        prefix_attention: str = 'bidirectional',
+        attention_implementation: str = 'auto',
+    ) -> None:
         super().__init__()
         self._borrowed = (base_llava,)
         text = base_llava.config
         self.prefix_attention = prefix_attention
+        self.attention_implementation = attention_implementation
+        self.gradient_checkpointing = False
         self.knowledge_insulation = expert_config.knowledge_insulation
         self.shared = expert_config.mode == 'shared'
         self.num_layers = int(text.num_hidden_layers)
         self.num_heads = int(text.num_attention_heads)
+        self.num_kv_heads = int(text.num_key_value_heads)
         self.head_dim = head_width(text)
         self.hidden_size = int(text.hidden_size)
         self.expert_hidden_size = int(expert_config.hidden_size)
-        expert_layers = self.num_layers if self.shared else expert_config.num_layers or self.num_layers
-        if self.num_layers % expert_layers:
-            raise ValueError(f'{self.num_layers} language layers cannot be paired with {expert_layers} expert layers')
-        self.layer_stride = self.num_layers // expert_layers
+        self.expert_num_layers = self.num_layers if self.shared else expert_config.num_layers or self.num_layers
+        if self.num_layers % self.expert_num_layers:
+            raise ValueError(f'{self.num_layers} language layers cannot be paired with {self.expert_num_layers} expert layers')
+        self.layer_stride = self.num_layers // self.expert_num_layers
         layer_class = type(self.base.layers[0])
-        self.expert_model = None if self.shared else ExpertLayers(text, layer_class, expert_config, expert_layers)
+        self.expert_model = None if self.shared else ExpertLayers(text, layer_class, expert_config, self.expert_num_layers)
         self.expert_norm = type(self.base.norm)(self.expert_hidden_size, eps=text.rms_norm_eps)
+        adaptive = expert_config.time_conditioning == 'adarms'
+        self.expert_modulation = ExpertModulation(self.expert_hidden_size, self.expert_num_layers) if adaptive else None
 
     @property
     def base(self) -> Any:
@@ -129,17 +198,20 @@ class LLaVA3DWithActionExpertModel(nn.Module):
         past_key_values: PrefixCache | None = None,
         inputs_embeds: tuple[Tensor | None, Tensor | None] = (None, None),
         use_cache: bool = False,
+        expert_cond: Tensor | None = None,
         output_hidden_states: bool = False,
-    ) -> tuple[tuple[Tensor | None, Tensor | None], PrefixCache | None]:
+    ) -> tuple[tuple[Any, Any], PrefixCache | None]:
         """Run the streams that are given.
 
         Args:
             attention_mask: prefix only: validity ``[B, Lp]`` or a mask ``[B, 1, Lp, Lp]``. With a suffix: the joint mask
                 ``[B, 1, Lp + Ls, Lp + Ls]``, or, for the cached pass, its last Ls rows. Boolean, or additive with 0 = may look.
             position_ids: ``[B, L]`` of all streams or, for the cached pass, of the suffix; None derives them from a validity mask.
-            past_key_values: the prefix cache, for the suffix-only pass. It is left as it is.
+            past_key_values: the prefix cache, for the suffix-only pass.
             inputs_embeds: prefix ``[B, Lp, D]`` and suffix ``[B, Ls, E]`` embeddings; either may be None.
-            use_cache: return the prefix cache.
+            use_cache: return the prefix cache of a prefix-only pass.
+            expert_cond: time condition ``[B, E]`` or ``[B, Ls, E]``; needed exactly for adaptive norms.
+            output_hidden_states: return, in place of the prefix output, the tuple of its layer inputs and the output.
 
         Returns:
             ``((prefix_out or None, suffix_out or None), cache or None)``.
@@ -150,11 +222,11 @@ class LLaVA3DWithActionExpertModel(nn.Module):
         prefix, suffix = inputs_embeds
         if prefix is None and suffix is None:
             raise ValueError('give prefix embeddings, suffix embeddings or both')
-        prefix_out: Tensor | None = None
+        prefix_out: Any = None
         cache = past_key_values
         if prefix is not None:
             done = self.prefix_pass(prefix, attention_mask, position_ids)
-            prefix_out, cache = done.output, done.cache
+            prefix_out, cache = done.hidden_states if output_hidden_states else done.output, done.cache
         if suffix is None:
             return (prefix_out, None), cache if use_cache else None
         if cache is None:
@@ -167,11 +239,30 @@ class LLaVA3DWithActionExpertModel(nn.Module):
             cache,
             boolean_mask(attention_mask)[:, :, -length:],
             self.rotary(suffix, position_ids[:, -length:]),
+            self.modulation(expert_cond),
         )
-        return (prefix_out, suffix_out), cache if use_cache else None
+        return (prefix_out, suffix_out), None
+
+    def modulation(self, condition: Tensor | None) -> Modulation | None:
+        """Adaptive norms for a time condition ``[..., E]``. Raises ValueError where one is given without use, or missing."""
+        if (condition is None) != (self.expert_modulation is None):
+            raise ValueError("expert_cond is for time_conditioning 'adarms', and only for it")
+        return None if condition is None or self.expert_modulation is None else self.expert_modulation(condition)
+
+    def new_cache(self, batch: int, length: int, room: int, like: Tensor) -> PrefixCache:
+        """A preallocated cache for ``batch`` prefixes of ``length`` tokens, on the device and in the dtype of ``like``."""
+        shape = (batch, self.num_kv_heads, length + room, self.head_dim)
+        layers = tuple(LayerCache(like.new_empty(shape), like.new_empty(shape)) for _ in range(self.num_layers))
+        return PrefixCache(layers, length, room)
 
     def prefix_pass(
-        self, embeds: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None, *, cache_only: bool = False
+        self,
+        embeds: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None = None,
+        *,
+        cache_only: bool = False,
+        into: PrefixCache | None = None,
     ) -> PrefixPass:
         """Run the language model over the prefix.
 
@@ -180,6 +271,10 @@ class LLaVA3DWithActionExpertModel(nn.Module):
             attention_mask: validity ``[B, Lp]``, or a mask of at least ``[B, 1, Lp, Lp]`` whose top left block is used.
             position_ids: ``[B, >= Lp]``; None derives them from the validity.
             cache_only: stop at the last layer's keys and values, which is all that a suffix reads.
+            into: a preallocated cache of this size from `new_cache`, filled in place; None makes an immutable one.
+
+        Raises:
+            ValueError: mask, positions or the preallocated cache do not belong to these embeddings.
         """
         length = embeds.shape[1]
         mask = boolean_mask(attention_mask)
@@ -192,59 +287,133 @@ class LLaVA3DWithActionExpertModel(nn.Module):
             raise ValueError('a prefix with a four-dimensional mask needs position_ids')
         if allowed.shape[-2:] != (length, length):
             raise ValueError(f'attention_mask is {tuple(attention_mask.shape)}; the prefix has {length} tokens')
+        if into is not None and (into.batch, into.length) != (len(embeds), length):
+            raise ValueError(f'the cache is for {into.batch} prefixes of {into.length} tokens, not {len(embeds)} of {length}')
         rotary = self.rotary(embeds, position_ids[:, :length])
-        hidden, states, cache = embeds, [embeds], []
-        last = self.num_layers - 1
+        # A padded query that may look nowhere looks everywhere instead: finite in every kernel, and read by nobody.
+        visible = allowed | ~allowed.any(dim=-1, keepdim=True)
+        hidden, states, layers = embeds, [embeds], []
         for index, layer in enumerate(self.base.layers):
-            normed = layer.input_layernorm(hidden)
-            key, value = self._heads(layer.self_attn.k_proj(normed)), self._heads(layer.self_attn.v_proj(normed))
-            cache.append(LayerCache(apply_rotary(key, rotary), value))
-            if cache_only and index == last:
-                return PrefixPass(tuple(cache), tuple(states), None)
-            query = apply_rotary(self._heads(layer.self_attn.q_proj(normed)), rotary)
-            mixed = grouped_attention(query, [cache[-1]], allowed)
-            hidden = self._finish_layer(layer, hidden, mixed)
-            if index != last:
+            last = index == self.num_layers - 1
+            hidden, kept = self._run_layer(self._prefix_layer, layer, hidden, visible, rotary, cache_only and last)
+            layers.append(kept if into is None else _write(into.layers[index], kept, 0))
+            if not last:
                 states.append(hidden)
-        valid = allowed.any(dim=-1)[:, 0, :, None]
-        output = torch.where(valid, self.base.norm(hidden), 0.0)
-        return PrefixPass(tuple(cache), (*states, output), output)
+        cache = PrefixCache(tuple(layers), length) if into is None else into
+        if cache_only:
+            return PrefixPass(cache, tuple(states), None)
+        output = torch.where(allowed.any(dim=-1)[:, 0, :, None], self.base.norm(hidden), 0.0)
+        return PrefixPass(cache, (*states, output), output)
 
-    def suffix_pass(self, embeds: Tensor, cache: PrefixCache, allowed: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def suffix_pass(
+        self,
+        embeds: Tensor,
+        cache: PrefixCache,
+        allowed: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        modulation: Modulation | None = None,
+    ) -> Tensor:
         """Run the expert over the suffix against the prefix cache.
 
         Args:
             embeds: ``[B * R, Ls, E]``; rows ``b * R .. b * R + R - 1`` belong to prefix b.
-            cache: prefix keys and values of batch B. Read only; never copied or extended.
-            allowed: boolean ``[B, 1, Ls, Lp + Ls]``.
-            rotary: tables ``[B, Ls, dh]`` of the suffix positions, from `rotary`.
+            cache: prefix keys and values of batch B. The prefix part is never changed, copied or extended.
+            allowed: boolean ``[B, 1, Ls, Lp + Ls]``, or None where nothing is masked.
+            rotary: tables ``[B or B * R, Ls, dh]`` of the suffix positions, from `rotary`.
+            modulation: adaptive norms whose tables are ``[1 or B * R, (Ls,) 6 E]``, from `modulation`.
 
         Returns:
             normalised suffix output ``[B * R, Ls, E]``.
+
+        Raises:
+            ValueError: the mask or the cache does not fit this suffix.
         """
-        length, seen = embeds.shape[1], cache[0].key.shape[2] + embeds.shape[1]
-        if allowed.shape[-2:] != (length, seen):
-            raise ValueError(f'suffix mask is {tuple(allowed.shape)}; {length} suffix tokens see {seen} keys')
-        repeats = len(embeds) // len(cache[0].key)
-        if repeats > 1:
+        length = embeds.shape[1]
+        if allowed is not None and allowed.shape[-2:] != (length, cache.length + length):
+            raise ValueError(f'suffix mask is {tuple(allowed.shape)}; {length} suffix tokens see {cache.length + length} keys')
+        repeats = len(embeds) // cache.batch
+        if cache.room and (cache.room != length or repeats != 1 or torch.is_grad_enabled()):
+            raise ValueError(
+                f'a preallocated cache takes one suffix of {cache.room} tokens per prefix and no gradients; '
+                f'here are {repeats} of {length}, gradients {"on" if torch.is_grad_enabled() else "off"}: use an immutable cache'
+            )
+        if len(rotary[0]) != len(embeds):
             rotary = (rotary[0].repeat_interleave(repeats, dim=0), rotary[1].repeat_interleave(repeats, dim=0))
         hidden = embeds
         layers = self.base.layers if self.expert_model is None else self.expert_model.layers
         for index, layer in enumerate(layers):
-            past = cache[index * self.layer_stride]
-            if self.knowledge_insulation:
-                past = LayerCache(past.key.detach(), past.value.detach())
-            normed = layer.input_layernorm(hidden)
-            query = apply_rotary(self._heads(layer.self_attn.q_proj(normed)), rotary)
-            key = apply_rotary(self._heads(layer.self_attn.k_proj(normed)), rotary)
-            own = LayerCache(key, self._heads(layer.self_attn.v_proj(normed)))
-            hidden = self._finish_layer(layer, hidden, grouped_attention(query, [past, own], allowed))
-        return self.expert_norm(hidden)
+            past = cache.layers[index * self.layer_stride]
+            table = None if modulation is None else modulation.layers[index]
+            hidden = self._run_layer(self._suffix_layer, layer, hidden, past, cache.room, allowed, rotary, table)
+        normed = self.expert_norm(hidden)
+        if modulation is None:
+            return normed
+        scale, shift = _rows(modulation.final, hidden).chunk(2, dim=-1)
+        return normed * (1 + scale) + shift
+
+    def _run_layer(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """One layer, recomputed in the backward pass where gradient checkpointing is on."""
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(function, *arguments)
+        return function(*arguments)
+
+    def _prefix_layer(
+        self, layer: Any, hidden: Tensor, visible: Tensor, rotary: tuple[Tensor, Tensor], cache_only: bool
+    ) -> tuple[Tensor, LayerCache]:
+        attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+        # Contiguous once, so that no matrix product of a later step has to copy them.
+        key = apply_rotary(self._heads(attention.k_proj(normed)), rotary).contiguous()
+        own = LayerCache(key, self._heads(attention.v_proj(normed)).contiguous())
+        if cache_only:
+            return hidden, own
+        query = apply_rotary(self._heads(attention.q_proj(normed)), rotary)
+        hidden = hidden + attention.o_proj(attend(query, [own], visible, self.attention_implementation))
+        return hidden + layer.mlp(layer.post_attention_layernorm(hidden)), own
+
+    def _suffix_layer(
+        self,
+        layer: Any,
+        hidden: Tensor,
+        past: LayerCache,
+        room: int,
+        allowed: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        table: Tensor | None,
+    ) -> Tensor:
+        if self.knowledge_insulation:
+            past = LayerCache(past.key.detach(), past.value.detach())
+        attention = layer.self_attn
+        first, second = (None, None) if table is None else _rows(table, hidden).chunk(2, dim=-1)
+        normed, gate = _modulated(layer.input_layernorm(hidden), first)
+        query = apply_rotary(self._heads(attention.q_proj(normed)), rotary)
+        key = apply_rotary(self._heads(attention.k_proj(normed)), rotary)
+        own = LayerCache(key, self._heads(attention.v_proj(normed)))
+        segments = [_write(past, own, past.key.shape[2] - room)] if room else [past, own]
+        mixed = attention.o_proj(attend(query, segments, allowed, self.attention_implementation))
+        hidden = hidden + (mixed if gate is None else gate * mixed)
+        normed, gate = _modulated(layer.post_attention_layernorm(hidden), second)
+        mixed = layer.mlp(normed)
+        return hidden + (mixed if gate is None else gate * mixed)
 
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    @staticmethod
-    def _finish_layer(layer: Any, hidden: Tensor, mixed: Tensor) -> Tensor:
-        hidden = hidden + layer.self_attn.o_proj(mixed)
-        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+def _write(buffer: LayerCache, new: LayerCache, start: int) -> LayerCache:
+    """Copy keys and values into a preallocated layer from slot ``start`` on, and return that layer."""
+    for whole, part in zip(buffer, new, strict=True):
+        whole[:, :, start : start + part.shape[2]].copy_(part)
+    return buffer
+
+
+def _rows(table: Tensor, hidden: Tensor) -> Tensor:
+    """A modulation table ``[n, 6 E]`` or ``[n, Ls, 6 E]`` that broadcasts over ``hidden`` ``[n or more, Ls, E]``."""
+    return (table[:, None] if table.dim() == 2 else table).to(hidden.dtype)
+
+
+def _modulated(normed: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Scaled and shifted norm with its gate; the plain norm and None without a table."""
+    if table is None:
+        return normed, None
+    scale, shift, gate = table.chunk(3, dim=-1)
+    return normed * (1 + scale) + shift, gate

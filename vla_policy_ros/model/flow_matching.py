@@ -3,10 +3,13 @@
 Convention (time runs from noise to data as t goes from 1 to 0):
 
     x_t = t * noise + (1 - t) * actions          u = noise - actions
-    loss = mean (v(x_t, t) - u)^2                 sampling: x <- x - v(x, t_k) / K,  t_k = 1 - k / K,  k = 0 .. K - 1
+    loss = mean (v(x_t, t) - u)^2                 sampling: integrate dx/dt = v from t = 1 to t = 0 (`solvers`)
 
 Positions in the suffix: ``[state?] [action 1 .. action T] [time?]``. Everything that is integrated or compared is float32, whatever
 the network computes in; the time embedding needs it, since its fastest period is four thousandths.
+
+Actions that are known already (the prefix of trained real-time chunking, Black et al., arXiv 2512.05964) have a time of their own,
+t = 0, and keep their value: the network sees them as clean data, and neither loss nor solver touches them.
 """
 
 from __future__ import annotations
@@ -19,10 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vla_policy_ros.model.attention import boolean_mask
+from vla_policy_ros.model.attention import boolean_mask, simplified_mask
 from vla_policy_ros.model.configuration import ActionExpertConfig
-from vla_policy_ros.model.deep_fusion import LLaVA3DWithActionExpertModel, PrefixCache
+from vla_policy_ros.model.deep_fusion import LLaVA3DWithActionExpertModel, Modulation, PrefixCache
 from vla_policy_ros.model.initial import start_as
+from vla_policy_ros.model.real_time_chunking import RealTimeGuidance, guided
+from vla_policy_ros.model.solvers import evaluation_times, integrate
 
 
 @dataclass(frozen=True)
@@ -62,19 +67,37 @@ def time_embedding(time: Tensor, width: int, min_period: float = 4e-3, max_perio
 
 
 def interpolate(actions: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-    """``x_t`` and its velocity ``u`` for actions and noise ``[B, T, A]`` and time ``[B]``."""
-    t = time[:, None, None]
+    """``x_t`` and its velocity ``u`` for actions and noise ``[B, T, A]`` and time ``[B]`` or, per action, ``[B, T]``."""
+    t = time[:, None, None] if time.dim() == 1 else time[:, :, None]
     return t * noise + (1.0 - t) * actions, noise - actions
 
 
-def euler(velocity: Callable[[Tensor, int], Tensor], noise: Tensor, num_steps: int) -> Tensor:
-    """Integrate ``dx/dt = velocity(x, step)`` from t = 1 to 0 in ``num_steps`` steps; step k stands for t = 1 - k / num_steps."""
-    if num_steps < 1:
-        raise ValueError(f'num_steps is {num_steps}; at least one step is needed')
-    x = noise
-    for step in range(num_steps):
-        x = x - velocity(x, step) / num_steps
-    return x
+@dataclass(frozen=True)
+class TimeFeatures:
+    """What the suffix needs of n times, computed once for all of them.
+
+    Attributes:
+        mixed: ``token``: the time token ``[n, E]``; ``concat_mlp``: the time's share of the mixing layer ``[n, E]``; else None.
+        modulation: ``adarms``: tables of n rows; else None.
+    """
+
+    mixed: Tensor | None
+    modulation: Modulation | None
+
+    def at(self, rows: Tensor | slice) -> TimeFeatures:
+        """The times ``rows``: a slice, long ``[B]``, or long ``[B, Ls]`` for one time per suffix token."""
+        mixed = None if self.mixed is None else self.mixed[rows]
+        return TimeFeatures(mixed, None if self.modulation is None else self.modulation.at(rows))
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What stays the same for all integration steps of a chunk."""
+
+    cache: PrefixCache
+    allowed: Tensor | None
+    rotary: tuple[Tensor, Tensor]
+    state_token: Tensor | None
 
 
 class FlowMatchingActionExpert(nn.Module):
@@ -94,7 +117,7 @@ class FlowMatchingActionExpert(nn.Module):
         self.use_state = config.use_state
         width = config.hidden_size
         mixes_time = config.time_conditioning == 'concat_mlp'
-        self.layout = SuffixLayout(config.use_state, config.action_horizon, not mixes_time)
+        self.layout = SuffixLayout(config.use_state, config.action_horizon, config.time_conditioning == 'token')
         self.state_proj = nn.Linear(config.state_dim, width) if config.use_state and config.state_dim else None
         self.action_in_proj = nn.Linear(config.action_dim, width)
         self.time_mlp_in = nn.Linear(2 * width if mixes_time else width, width)
@@ -119,6 +142,7 @@ class FlowMatchingActionExpert(nn.Module):
         time: Tensor | None = None,
         generator: torch.Generator | None = None,
         action_is_pad: Tensor | None = None,
+        delay: Tensor | None = None,
         repeats: int = 1,
         reduction: str = 'mean',
     ) -> Tensor:
@@ -135,37 +159,46 @@ class FlowMatchingActionExpert(nn.Module):
             time: ``[B * repeats]`` in [0, 1]; drawn where None.
             generator: source of the draws.
             action_is_pad: bool ``[B, T]``: steps beyond the episode's end, left out of the loss.
-            repeats: independent (noise, time) draws per prefix.
-            reduction: ``mean`` for a float32 scalar, ``none`` for squared errors ``[B * repeats, T, A]`` (0 at padded steps).
+            delay: long ``[B * repeats]``: that many leading actions are given clean and left out of the loss; drawn uniformly
+                from 0 .. ``rtc_max_delay`` where None.
+            repeats: independent (noise, time, delay) draws per prefix.
+            reduction: ``mean`` for a float32 scalar, ``none`` for squared errors ``[B * repeats, T, A]`` (0 where left out).
 
         Raises:
             ValueError: a shape or a value is not what the configuration says.
         """
         self._check(actions, state)
-        batch = len(actions)
+        batch, horizon = actions.shape[:2]
         actions = actions.float().repeat_interleave(repeats, dim=0)
+        rows = len(actions)
         if noise is None:
             noise = torch.randn(actions.shape, device=actions.device, generator=generator)
         if time is None:
-            time = self.sample_time(len(actions), actions.device, generator)
-        if noise.shape != actions.shape or time.shape != (len(actions),):
+            time = self.sample_time(rows, actions.device, generator)
+        if delay is None and self.config.rtc_max_delay:
+            delay = torch.randint(self.config.rtc_max_delay + 1, (rows,), device=actions.device, generator=generator)
+        if noise.shape != actions.shape or time.shape != (rows,) or (delay is not None and delay.shape != (rows,)):
             raise ValueError(
-                f'noise is {tuple(noise.shape)} and time {tuple(time.shape)}; for these targets they must be '
-                f'{tuple(actions.shape)} and {(len(actions),)}'
+                f'noise is {tuple(noise.shape)}, time {tuple(time.shape)} and delay {None if delay is None else tuple(delay.shape)}; '
+                f'for these targets they must be {tuple(actions.shape)}, {(rows,)} and {(rows,)}'
             )
-        if action_is_pad is not None and action_is_pad.shape != (batch, actions.shape[1]):
-            raise ValueError(f'action_is_pad is {tuple(action_is_pad.shape)}; it must be {(batch, actions.shape[1])}')
-        x, target = interpolate(actions, noise.float(), time.float())
-        condition = self._prepare(prefix_embs, state, attention_mask, position_ids, prefix_past_key_values, batch)
-        embedded = self._time_features(time)
-        velocity = self._velocity(x, embedded, condition)
+        if action_is_pad is not None and action_is_pad.shape != (batch, horizon):
+            raise ValueError(f'action_is_pad is {tuple(action_is_pad.shape)}; it must be {(batch, horizon)}')
+        clean = None if delay is None else torch.arange(horizon, device=actions.device) < delay[:, None]
+        if clean is not None and self.config.time_conditioning == 'token':
+            raise ValueError("delay needs a time per action; use time_conditioning 'concat_mlp' or 'adarms'")
+        per_action = time.float() if clean is None else time.float()[:, None].masked_fill(clean, 0.0)
+        x, target = interpolate(actions, noise.float(), per_action)
+        condition = self.prepare(prefix_embs, state, attention_mask, position_ids, prefix_past_key_values, batch)
+        velocity = self.velocity(x, self._features_of_rows(time, clean), condition)
         error = (velocity - target).square()
-        if action_is_pad is not None:
-            keep = ~action_is_pad.repeat_interleave(repeats, dim=0)[:, :, None]
-            error = error * keep
-            if reduction == 'mean':
-                return error.sum() / (keep.sum() * error.shape[-1]).clamp_min(1)
-        return error.mean() if reduction == 'mean' else error
+        if self.config.use_time_weight:
+            error = error * ((1.0 - time) / (1.0 - self.mean_time))[:, None, None]
+        kept = self._kept(action_is_pad, clean, repeats)
+        if kept is None:
+            return error.mean() if reduction == 'mean' else error
+        error = error * kept
+        return error.sum() / (kept.sum() * error.shape[-1]).clamp_min(1) if reduction == 'mean' else error
 
     @torch.no_grad()
     def sample_actions(
@@ -179,28 +212,70 @@ class FlowMatchingActionExpert(nn.Module):
         *,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
+        solver: str | None = None,
+        action_prefix: Tensor | None = None,
+        guidance: RealTimeGuidance | None = None,
     ) -> Tensor:
         """Draw one chunk ``[B, T, A]`` (float32, normalised) per prefix.
 
-        Arguments are those of `compute_loss`; ``num_steps`` defaults to the configuration's. Without a cache the prefix pass is
-        made here, once.
+        Arguments as in `compute_loss`, and:
+
+        Args:
+            num_steps, solver: integration; None is the configuration's. Without a cache the prefix pass is made here, once.
+            action_prefix: ``[B, d, A]``, normalised: the first d actions are these, and the others are drawn to continue them
+                (trained real-time chunking). d is at most ``rtc_max_delay``.
+            guidance: steer towards the previous chunk (guided real-time chunking); costs a backward pass per evaluation.
+
+        Raises:
+            ValueError: as in `compute_loss`; an action prefix that this expert was not trained for.
         """
         steps = self.config.num_inference_steps if num_steps is None else num_steps
-        source = prefix_embs if prefix_embs is not None else (prefix_past_key_values or ((None,),))[0][0]
-        if source is None:
+        solver = self.config.solver if solver is None else solver
+        times = evaluation_times(solver, steps)
+        like = prefix_embs if prefix_embs is not None else getattr(prefix_past_key_values, 'key', None)
+        if like is None:
             raise ValueError('give prefix_embs or prefix_past_key_values')
-        batch, shape = len(source), (self.config.action_horizon, self.config.action_dim)
+        batch, shape = len(like), (self.config.action_horizon, self.config.action_dim)
         if noise is None:
-            noise = torch.randn((batch, *shape), device=source.device, generator=generator)
+            noise = torch.randn((batch, *shape), device=like.device, generator=generator)
         self._check(noise, state)
-        condition = self._prepare(prefix_embs, state, attention_mask, position_ids, prefix_past_key_values, batch)
-        times = 1.0 - torch.arange(steps, dtype=torch.float32, device=source.device) / steps
-        embedded = self._time_features(times)
+        self._check_known_actions(batch, action_prefix, guidance)
+        condition = self.prepare(prefix_embs, state, attention_mask, position_ids, prefix_past_key_values, batch)
+        return self.denoise(noise.float(), times, steps, solver, condition, action_prefix, guidance)
 
-        def velocity(x: Tensor, step: int) -> Tensor:
-            return self._velocity(x, embedded[step].expand(batch, -1), condition)
+    def denoise(
+        self,
+        noise: Tensor,
+        times: list[float],
+        steps: int,
+        solver: str,
+        condition: Conditioning,
+        action_prefix: Tensor | None = None,
+        guidance: RealTimeGuidance | None = None,
+    ) -> Tensor:
+        """The sampling loop alone. Asks the device for nothing and computes nothing twice, so that it can be captured as a graph."""
+        known = 0 if action_prefix is None else action_prefix.shape[1]
+        # One more time, 0, stands for the actions that are known already.
+        table = self.time_features(torch.tensor([*times, 0.0][: len(times) + (known > 0)], device=noise.device))
+        tokens = torch.arange(self.config.action_horizon, device=noise.device) < known if known else None
 
-        return euler(velocity, noise.float(), steps)
+        def velocity(x: Tensor, index: int) -> Tensor:
+            rows = slice(index, index + 1) if tokens is None else self._token_rows(torch.where(tokens, len(times), index)[None])
+            return self.velocity(x, table.at(rows), condition)
+
+        def pin(x: Tensor) -> Tensor:
+            return x if action_prefix is None else torch.cat((action_prefix.to(x.dtype), x[:, known:]), dim=1)
+
+        field: Callable[[Tensor, int], Tensor] = velocity if guidance is None else guided(velocity, times, guidance)
+        return integrate(field, noise, steps, solver, pin)
+
+    @property
+    def mean_time(self) -> float:
+        """E[t] of the configured distribution."""
+        config = self.config
+        if config.time_sampling == 'uniform':
+            return 0.5
+        return config.time_scale * config.time_alpha / (config.time_alpha + config.time_beta) + config.time_offset
 
     def sample_time(self, count: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
         """``[count]`` times of the configured distribution; for beta = 1 by inverting its distribution function."""
@@ -216,6 +291,90 @@ class FlowMatchingActionExpert(nn.Module):
             draw = first / (first + second)
         return config.time_scale * draw + config.time_offset
 
+    def prepare(
+        self,
+        prefix_embs: Tensor | None,
+        state: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: PrefixCache | None,
+        batch: int,
+    ) -> Conditioning:
+        """Everything that one chunk needs once: cache, suffix mask, rotary tables, state token."""
+        if attention_mask is None or position_ids is None:
+            raise ValueError('give the joint attention_mask and position_ids of prefix and suffix')
+        if cache is None:
+            if prefix_embs is None:
+                raise ValueError('give prefix_embs or prefix_past_key_values')
+            cache = self.backbone.prefix_pass(prefix_embs, attention_mask, position_ids, cache_only=True).cache
+        if cache.batch != batch:
+            raise ValueError(f'the prefix has batch {cache.batch}, the actions have batch {batch}')
+        length = self.layout.length
+        allowed = simplified_mask(boolean_mask(attention_mask)[:, :, -length:])
+        rotary = self.backbone.rotary(cache.key, position_ids[:, -length:])
+        token = None
+        if self.state_proj is not None and state is not None:
+            token = self.state_proj(state.to(self.state_proj.weight.dtype))[:, None]
+        return Conditioning(cache, allowed, rotary, token)
+
+    def time_features(self, time: Tensor) -> TimeFeatures:
+        """What the suffix needs of the times ``[n]``."""
+        config = self.config
+        embedded = time_embedding(time, config.hidden_size, config.time_min_period, config.time_max_period)
+        embedded = embedded.to(self.time_mlp_in.weight.dtype)
+        if config.time_conditioning == 'concat_mlp':
+            weight = self.time_mlp_in.weight[:, config.hidden_size :]
+            return TimeFeatures(F.linear(embedded, weight, self.time_mlp_in.bias), None)
+        token = self.time_mlp_out(F.silu(self.time_mlp_in(embedded)))
+        if config.time_conditioning == 'token':
+            return TimeFeatures(token, None)
+        return TimeFeatures(None, self.backbone.modulation(F.silu(token)))
+
+    def velocity(self, x: Tensor, time: TimeFeatures, condition: Conditioning) -> Tensor:
+        """v ``[B * R, T, A]``, float32, at ``x`` ``[B * R, T, A]`` for times that broadcast over its rows."""
+        suffix = self.suffix(x, time, condition.state_token)
+        hidden = self.backbone.suffix_pass(suffix, condition.cache, condition.allowed, condition.rotary, time.modulation)
+        read_out = hidden[:, self.layout.actions]
+        return self.action_out_proj(read_out.to(self.action_out_proj.weight.dtype)).float()
+
+    def suffix(self, x: Tensor, time: TimeFeatures, state_token: Tensor | None) -> Tensor:
+        """Suffix embeddings ``[B * R, Ls, E]`` in the order of `layout`."""
+        tokens = self.action_in_proj(x.to(self.action_in_proj.weight.dtype))
+        parts = [tokens]
+        if self.config.time_conditioning == 'concat_mlp':
+            assert time.mixed is not None
+            # The mixing layer is linear in [action; time]; the time's share comes ready made.
+            share = time.mixed[:, -tokens.shape[1] :] if time.mixed.dim() == 3 else time.mixed[:, None]
+            mixed = F.linear(tokens, self.time_mlp_in.weight[:, : tokens.shape[-1]]) + share
+            parts = [self.time_mlp_out(F.silu(mixed))]
+        elif self.config.time_conditioning == 'token':
+            assert time.mixed is not None
+            parts.append(time.mixed[:, None].expand(len(x), -1, -1).to(tokens.dtype))
+        if state_token is not None:
+            repeats = len(x) // len(state_token)
+            parts.insert(0, state_token.repeat_interleave(repeats, dim=0) if repeats > 1 else state_token)
+        return torch.cat(parts, dim=1)
+
+    def _features_of_rows(self, time: Tensor, clean: Tensor | None) -> TimeFeatures:
+        """Features of one time per row ``[n]``, or per token where ``clean`` bool ``[n, T]`` marks actions whose time is 0."""
+        if clean is None:
+            return self.time_features(time)
+        rows = torch.arange(len(time), device=time.device)[:, None]
+        table = self.time_features(torch.cat((time, time.new_zeros(1))))
+        return table.at(self._token_rows(torch.where(clean, len(time), rows)))
+
+    def _token_rows(self, actions: Tensor) -> Tensor:
+        """Row of a time table per suffix token, for the row per action ``[n, T]``: a state token has the last action's time."""
+        return torch.cat((actions[:, -1:], actions), dim=1) if self.layout.has_state else actions
+
+    @staticmethod
+    def _kept(action_is_pad: Tensor | None, clean: Tensor | None, repeats: int) -> Tensor | None:
+        """bool ``[n, T, 1]``: actions that count in the loss; None where all do."""
+        left_out = None if action_is_pad is None else action_is_pad.bool().repeat_interleave(repeats, dim=0)
+        if clean is not None:
+            left_out = clean if left_out is None else clean | left_out
+        return None if left_out is None else ~left_out[:, :, None]
+
     def _check(self, actions: Tensor, state: Tensor | None) -> None:
         expected = (self.config.action_horizon, self.config.action_dim)
         if actions.dim() != 3 or tuple(actions.shape[1:]) != expected:
@@ -225,71 +384,26 @@ class FlowMatchingActionExpert(nn.Module):
                 raise ValueError(f'this model has a state token; give state [batch, {self.config.state_dim}]')
             if state.dim() != 2 or state.shape[1] != self.config.state_dim:
                 raise ValueError(f'state is {tuple(state.shape)}; expected [batch, {self.config.state_dim}]')
+            if len(state) != len(actions):
+                raise ValueError(f'state has batch {len(state)}, the actions have batch {len(actions)}')
         for name, value in (('actions', actions), ('state', state if self.use_state else None)):
             if value is not None and not bool(torch.isfinite(value).all()):
                 raise ValueError(f'{name} contain NaN or infinite values')
 
-    def _prepare(
-        self,
-        prefix_embs: Tensor | None,
-        state: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: PrefixCache | None,
-        batch: int,
-    ) -> _Condition:
-        """Everything that one chunk needs once: cache, suffix mask, rotary tables, state token."""
-        if attention_mask is None or position_ids is None:
-            raise ValueError('give the joint attention_mask and position_ids of prefix and suffix')
-        if cache is None:
-            if prefix_embs is None:
-                raise ValueError('give prefix_embs or prefix_past_key_values')
-            cache = self.backbone.prefix_pass(prefix_embs, attention_mask, position_ids, cache_only=True).cache
-        if len(cache[0].key) != batch:
-            raise ValueError(f'the prefix has batch {len(cache[0].key)}, the actions have batch {batch}')
-        length = self.layout.length
-        allowed = boolean_mask(attention_mask)[:, :, -length:]
-        like = cache[0].key
-        rotary = self.backbone.rotary(like, position_ids[:, -length:])
-        token = None
-        if self.state_proj is not None and state is not None:
-            token = self.state_proj(state.to(self.state_proj.weight.dtype))[:, None]
-        return _Condition(cache, allowed, rotary, token)
-
-    def _time_features(self, time: Tensor) -> Tensor:
-        """Per time ``[n]``: the time token ``[n, E]``, or the raw embedding that `concat_mlp` mixes in."""
-        config = self.config
-        embedded = time_embedding(time, config.hidden_size, config.time_min_period, config.time_max_period)
-        embedded = embedded.to(self.time_mlp_in.weight.dtype)
-        if config.time_conditioning == 'concat_mlp':
-            return embedded
-        return self.time_mlp_out(F.silu(self.time_mlp_in(embedded)))
-
-    def _suffix(self, x: Tensor, time: Tensor, state_token: Tensor | None) -> Tensor:
-        """Suffix embeddings ``[B * R, Ls, E]`` in the order of `layout`."""
-        tokens = self.action_in_proj(x.to(self.action_in_proj.weight.dtype))
-        if self.config.time_conditioning == 'concat_mlp':
-            mixed = torch.cat((tokens, time[:, None].expand_as(tokens).to(tokens.dtype)), dim=-1)
-            parts = [self.time_mlp_out(F.silu(self.time_mlp_in(mixed)))]
-        else:
-            parts = [tokens, time[:, None].to(tokens.dtype)]
-        if state_token is not None:
-            repeats = len(x) // len(state_token)
-            parts.insert(0, state_token.repeat_interleave(repeats, dim=0) if repeats > 1 else state_token)
-        return torch.cat(parts, dim=1)
-
-    def _velocity(self, x: Tensor, time: Tensor, condition: _Condition) -> Tensor:
-        suffix = self._suffix(x, time, condition.state_token)
-        hidden = self.backbone.suffix_pass(suffix, condition.cache, condition.allowed, condition.rotary)
-        read_out = hidden[:, self.layout.actions]
-        return self.action_out_proj(read_out.to(self.action_out_proj.weight.dtype)).float()
-
-
-@dataclass(frozen=True)
-class _Condition:
-    """What stays the same for all integration steps of a chunk."""
-
-    cache: PrefixCache
-    allowed: Tensor
-    rotary: tuple[Tensor, Tensor]
-    state_token: Tensor | None
+    def _check_known_actions(self, batch: int, prefix: Tensor | None, guidance: RealTimeGuidance | None) -> None:
+        horizon, width, longest = self.config.action_horizon, self.config.action_dim, self.config.rtc_max_delay
+        if guidance is not None and tuple(guidance.previous.shape) != (batch, horizon, width):
+            raise ValueError(f'guidance.previous is {tuple(guidance.previous.shape)}; expected {(batch, horizon, width)}')
+        if guidance is not None and not bool(torch.isfinite(guidance.previous[:, : guidance.execution_horizon]).all()):
+            raise ValueError('guidance.previous has NaN or infinite values inside the overlap')
+        if prefix is None:
+            return
+        if prefix.dim() != 3 or prefix.shape[0] != batch or prefix.shape[2] != width:
+            raise ValueError(f'action_prefix is {tuple(prefix.shape)}; expected [{batch}, steps, {width}]')
+        if prefix.shape[1] > longest:
+            raise ValueError(
+                f'action_prefix has {prefix.shape[1]} steps; this expert was trained for at most {longest} '
+                '(expert_config.rtc_max_delay): execute fewer steps per chunk, or use guidance'
+            )
+        if not bool(torch.isfinite(prefix).all()):
+            raise ValueError('action_prefix has NaN or infinite values')

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vla_policy_ros.model.attention import grouped_attention
+from vla_policy_ros.model.attention import attend
 from vla_policy_ros.model.configuration import GeometryConfig
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -76,7 +77,7 @@ class SelfAttention(nn.Module):
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(grouped_attention(query, [(key, value)], allowed))
+        return self.proj(attend(query, [(key, value)], allowed))
 
 
 class LayerScale(nn.Module):
@@ -90,7 +91,7 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     """Pre-norm transformer block, with or without LayerScale on its branches."""
 
     def __init__(self, width: int, heads: int, config: GeometryConfig, layer_scale: bool) -> None:

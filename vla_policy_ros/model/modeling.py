@@ -1,4 +1,4 @@
-"""The policy network: SigLIP and MapAnything towers, a Llama backbone, deep fusion with a flow-matching action expert.
+"""The policy network: vision and MapAnything towers, a Llama backbone, deep fusion with a flow-matching action expert.
 
     pixels ─ vision_tower ─ vision_projector ─┐
     pixels, K ─ geometry_encoder ─────────────┴ fusion ─ image tokens ┐
@@ -11,24 +11,37 @@ Leaves: a loss, or a chunk of normalised actions. Whoever calls it owns the thre
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 from transformers import initialization as init
-from transformers.models.siglip import SiglipVisionModel
 from transformers.utils import ModelOutput
 
-from vla_policy_ros.model.attention import additive_mask, block_attention_mask, position_ids_from_pad, prefix_block_starts
+from vla_policy_ros.model.attention import (
+    additive_mask,
+    block_attention_mask,
+    position_ids_from_pad,
+    prefix_block_starts,
+    resolve_implementation,
+)
 from vla_policy_ros.model.configuration import MapAnythingLlava3DConfig
 from vla_policy_ros.model.deep_fusion import LLaVA3DWithActionExpertModel, PrefixCache
 from vla_policy_ros.model.flow_matching import FlowMatchingActionExpert
-from vla_policy_ros.model.fusion import GeometryFusion, unit_rgb, vision_pixels
+from vla_policy_ros.model.fusion import GeometryFusion
 from vla_policy_ros.model.geometry import AlternatingAttention, GeometryTrunk, LayerScale, VisionTransformer
 from vla_policy_ros.model.initial import starts_as
+from vla_policy_ros.model.prefix import PrefixEmbeddings, hide_at_random, inject_images, left_padded
+from vla_policy_ros.model.real_time_chunking import RealTimeGuidance
+from vla_policy_ros.model.vision import build_projector, build_vision_tower, patch_features, unit_rgb
+
+# transformers 5.24 renamed this argument and this field of its models.
+_CACHE = 'cache' if 'cache' in inspect.signature(LlamaForCausalLM.forward).parameters else 'past_key_values'
+CACHES = ('auto', 'immutable', 'preallocated')
 
 
 @dataclass
@@ -51,22 +64,15 @@ class MapAnythingLlava3DOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
 
+    def _replace_old_cache_name(self, key: str) -> str:
+        """The field keeps the name of the published contract, which newer transformers would translate."""
+        return key
 
-@dataclass(frozen=True)
-class PrefixEmbeddings:
-    """Prefix tokens before the language model.
 
-    Attributes:
-        embeds: ``[B, Lp, D]``.
-        pad: bool ``[B, Lp]``, False at padding and at the tokens of absent cameras.
-        image_token_mask: bool ``[B, Lp]``.
-        image_features: ``[B, S, D]`` or None.
-    """
-
-    embeds: Tensor
-    pad: Tensor
-    image_token_mask: Tensor
-    image_features: Tensor | None
+# For the same reason: the plain dataclass constructor, without the translation of its keywords.
+type.__setattr__(
+    MapAnythingLlava3DOutput, '__init__', getattr(MapAnythingLlava3DOutput.__init__, '__wrapped__', MapAnythingLlava3DOutput.__init__)
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
 
     Args:
         config: sizes and choices.
-        vision_tower: a SigLIP-like module with ``last_hidden_state``.
+        vision_tower: a SigLIP or CLIP vision model, as `vision_config` says.
         language_model: a Llama or Mistral model for causal language modelling.
         mapanything_model: a module with the interface of `GeometryTrunk`.
         projector_model: vision width to language width.
@@ -96,7 +102,8 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
     base_model_prefix = ''
     main_input_name = 'input_ids'
     _supports_sdpa = True
-    _no_split_modules = ('LlamaDecoderLayer', 'SiglipEncoderLayer', 'Block')
+    supports_gradient_checkpointing = True
+    _no_split_modules = ('LlamaDecoderLayer', 'MistralDecoderLayer', 'SiglipEncoderLayer', 'CLIPEncoderLayer', 'Block')
 
     def __init__(
         self,
@@ -107,21 +114,20 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
         projector_model: nn.Module | None = None,
     ) -> None:
         super().__init__(config)
-        width = config.hidden_size
-        self.vision_tower: Any = vision_tower or SiglipVisionModel._from_config(config.vision_config)
-        self.vision_projector = projector_model or nn.Linear(config.vision_config.hidden_size, width)
+        self.vision_tower: Any = vision_tower or build_vision_tower(config)
+        self.vision_projector = projector_model or build_projector(config)
         self.geometry_encoder: Any = None
         self.fusion: GeometryFusion | None = None
         if config.geometry_config is not None:
             self.geometry_encoder = mapanything_model or GeometryTrunk(config.geometry_config)
             self.fusion = GeometryFusion(config)
         self.language_model: Any = language_model or AutoModelForCausalLM.from_config(config.text_config)
-        self.spatial_embed_tokens = nn.Embedding(config.spatial_token_num, width) if config.use_spatial_token else None
+        self.spatial_embed_tokens = nn.Embedding(config.spatial_token_num, config.hidden_size) if config.use_spatial_token else None
         self.language_model_with_expert: LLaVA3DWithActionExpertModel | None = None
         self.action_expert: FlowMatchingActionExpert | None = None
         if config.expert_config is not None:
             self.language_model_with_expert = LLaVA3DWithActionExpertModel(
-                self.language_model, config.expert_config, config.prefix_attention
+                self.language_model, config.expert_config, config.prefix_attention, config.stream_attention
             )
             self.action_expert = FlowMatchingActionExpert(self.language_model_with_expert, config.expert_config)
         self.post_init()
@@ -180,7 +186,7 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
         intrinsic_mask: Tensor | None = None,
         image_masks: Tensor | None = None,
     ) -> Tensor:
-        """Fused image tokens ``[B, V * N, D]``, camera by camera, row by row.
+        """Fused image tokens ``[B, V * N, D]``, camera by camera, row by row (N: ``config.image_seq_length``).
 
         Args:
             pixel_values: RGB, uint8 or [0, 1], ``[B, V, 3, H, W]`` or, for one camera, ``[B, 3, H, W]``.
@@ -199,7 +205,7 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
         batch, views = pixel_values.shape[:2]
         intrinsic = self._check_views(batch, views, intrinsic, intrinsic_mask, image_masks)
         rgb = unit_rgb(pixel_values)
-        vision = self.vision_tower(pixel_values=vision_pixels(rgb).flatten(0, 1).to(self.dtype)).last_hidden_state
+        vision = patch_features(self.vision_tower, self.config, rgb.flatten(0, 1), self.dtype)
         tokens = self.vision_projector(vision).unflatten(0, (batch, views))
         if self.fusion is not None and self.geometry_encoder is not None:
             present = image_masks if image_masks is not None else rgb.new_ones((batch, views), dtype=torch.bool)
@@ -238,19 +244,28 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
         intrinsic_mask: Tensor | None = None,
         image_masks: Tensor | None = None,
         image_token_mask: Tensor | None = None,
+        instruction_token_mask: Tensor | None = None,
         image_token_index: int | None = None,
         image_features: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> PrefixEmbeddings:
         """Words and image tokens as one sequence.
 
-        ``image_features`` ``[B, S, D]`` replaces ``pixel_values`` where the caller has encoded the images already.
+        Args:
+            input_ids: ``[B, Lp]``; image positions hold ``image_token_index``, or anything where ``image_token_mask`` marks them.
+            pixel_values, intrinsic, intrinsic_mask, image_masks: as in `get_image_features`.
+            attention_mask: validity ``[B, Lp]``; None is all valid.
+            image_token_mask: bool ``[B, Lp]``; None compares ``input_ids`` with ``image_token_index`` (the configuration's).
+            instruction_token_mask: bool ``[B, Lp]``: words of the instruction; training with ``prefix_lang_dropout_prob`` needs it.
+            image_features: ``[B, S, D]``, in place of ``pixel_values`` where the caller has encoded the images already.
+            generator: source of the draws that hide prefix tokens in training.
 
         Raises:
             ValueError: the number of image positions of a sample differs from the number of image tokens, batches differ, or an
                 id lies outside the vocabulary.
         """
         marker = self.config.image_token_index if image_token_index is None else image_token_index
-        is_image = input_ids == marker if image_token_mask is None else image_token_mask
+        is_image = input_ids == marker if image_token_mask is None else image_token_mask.bool()
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if attention_mask.shape != input_ids.shape or is_image.shape != input_ids.shape:
@@ -262,18 +277,22 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
         vocabulary = self.config.text_config.vocab_size
         if bool(((words < 0) | (words >= vocabulary)).any()):
             raise ValueError(f'input_ids reach {int(words.min())}..{int(words.max())}; the vocabulary has {vocabulary} words')
-        embeds = self._embed_words(words)
         if image_features is None and pixel_values is not None:
             image_features = self.get_image_features(pixel_values, intrinsic, intrinsic_mask, image_masks)
-        pad = attention_mask.bool()
-        self._check_image_slots(is_image, image_features)
-        if image_features is not None:
-            embeds = embeds.masked_scatter(is_image[..., None], image_features.to(embeds.dtype))
-            if image_masks is not None:
-                per_view = image_features.shape[1] // image_masks.shape[1]
-                present = image_masks.bool().repeat_interleave(per_view, dim=1)
-                pad = pad & torch.ones_like(is_image).masked_scatter(is_image, present)
-        return PrefixEmbeddings(embeds, pad, is_image, image_features)
+        pad = self._hide_in_training(attention_mask.bool(), is_image, instruction_token_mask, generator)
+        return inject_images(self._embed_words(words), pad, is_image, image_features, image_masks)
+
+    def _hide_in_training(
+        self, pad: Tensor, is_image: Tensor, instruction: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        config = self.config
+        if self.training and config.prefix_image_dropout_prob:
+            pad = hide_at_random(pad, is_image, config.prefix_image_dropout_prob, generator)
+        if self.training and config.prefix_lang_dropout_prob:
+            if instruction is None:
+                raise ValueError('prefix_lang_dropout_prob needs instruction_token_mask, so that the template stays visible')
+            pad = hide_at_random(pad, instruction.bool(), config.prefix_lang_dropout_prob, generator)
+        return pad
 
     def _embed_words(self, words: Tensor) -> Tensor:
         embeds = self.get_input_embeddings()(words)
@@ -283,19 +302,6 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
         spatial = (words >= begin) & (words < begin + count)
         rows = self.spatial_embed_tokens(torch.where(spatial, words - begin, 0))
         return torch.where(spatial[..., None], rows.to(embeds.dtype), embeds)
-
-    @staticmethod
-    def _check_image_slots(is_image: Tensor, image_features: Tensor | None) -> None:
-        slots = is_image.sum(dim=1)
-        if image_features is None:
-            if bool(slots.any()):
-                raise ValueError(f'input_ids mark {int(slots.max())} image positions but no pixel_values are given')
-            return
-        if len(image_features) != len(is_image):
-            raise ValueError(f'input_ids have batch {len(is_image)}, the images have batch {len(image_features)}')
-        expected = image_features.shape[1]
-        if not bool((slots == expected).all()):
-            raise ValueError(f'input_ids mark {slots.tolist()} image positions per sample; the images make {expected} tokens')
 
     def _build_joint_attention_inputs(
         self,
@@ -334,7 +340,7 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
 
     def _expert(self) -> FlowMatchingActionExpert:
         if self.action_expert is None:
-            raise ValueError('this model has no action expert (config.expert_config is None); actions need one')
+            raise ValueError('this model has no action expert (config.use_action_expert is False); actions need one')
         return self.action_expert
 
     def forward(
@@ -358,8 +364,10 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
         intrinsic_mask: Tensor | None = None,
         image_masks: Tensor | None = None,
         image_token_mask: Tensor | None = None,
+        instruction_token_mask: Tensor | None = None,
         image_features: Tensor | None = None,
         action_is_pad: Tensor | None = None,
+        delay: Tensor | None = None,
         noise: Tensor | None = None,
         time: Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -368,18 +376,15 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
         """Flow-matching loss where ``actions`` ``[B, T, A]`` are given, else the language model's causal forward.
 
         In the action path the language logits are not computed, ``labels`` and ``position_ids`` are ignored, and the arguments from
-        ``action_is_pad`` on are those of `FlowMatchingActionExpert.compute_loss`.
+        ``action_is_pad`` on are those of `FlowMatchingActionExpert.compute_loss`. In the language path positions count valid tokens;
+        after ``past_key_values``, ``attention_mask`` covers what they hold as well as ``input_ids``.
 
         Raises:
             ValueError: shapes, counts or values do not fit; ``actions`` without an action expert.
         """
+        past_pad, attention_mask = _split_mask(attention_mask, past_key_values)
         if input_ids is None:
-            if inputs_embeds is None:
-                raise ValueError('give input_ids or inputs_embeds')
-            if pixel_values is not None:
-                raise ValueError('images are placed by input_ids; inputs_embeds alone cannot take pixel_values')
-            valid = torch.ones(inputs_embeds.shape[:2], device=inputs_embeds.device) if attention_mask is None else attention_mask
-            prefix = PrefixEmbeddings(inputs_embeds, valid.bool(), torch.zeros_like(valid, dtype=torch.bool), None)
+            prefix = _given_embeddings(inputs_embeds, pixel_values, attention_mask)
         else:
             prefix = self.embed_prefix(
                 input_ids,
@@ -389,11 +394,13 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
                 intrinsic_mask=intrinsic_mask,
                 image_masks=image_masks,
                 image_token_mask=image_token_mask,
+                instruction_token_mask=instruction_token_mask,
                 image_token_index=image_token_index,
                 image_features=image_features,
+                generator=generator,
             )
         if actions is None:
-            return self._speak(prefix, labels, past_key_values, use_cache, output_attentions, output_hidden_states)
+            return self._speak(prefix, past_pad, labels, past_key_values, use_cache, output_attentions, output_hidden_states)
         expert = self._expert()
         if len(actions) != len(prefix.embeds):
             raise ValueError(f'actions have batch {len(actions)}, the prefix has batch {len(prefix.embeds)}')
@@ -412,6 +419,7 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
             time=time,
             generator=generator,
             action_is_pad=action_is_pad,
+            delay=delay,
             repeats=repeats,
         )
         hidden = done.hidden_states if output_hidden_states else None
@@ -420,42 +428,77 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
     def _speak(
         self,
         prefix: PrefixEmbeddings,
+        past_pad: Tensor | None,
         labels: Tensor | None,
         past_key_values: Any,
         use_cache: bool | None,
         output_attentions: bool | None,
         output_hidden_states: bool | None,
     ) -> MapAnythingLlava3DOutput:
+        pad = prefix.pad if past_pad is None else torch.cat((past_pad, prefix.pad), dim=1)
         spoken = self.language_model(
             inputs_embeds=prefix.embeds,
-            attention_mask=prefix.pad.long(),
-            position_ids=position_ids_from_pad(prefix.pad),
+            attention_mask=pad.long(),
+            position_ids=position_ids_from_pad(pad)[:, -prefix.pad.shape[1] :],
             labels=labels,
-            past_key_values=past_key_values,
             use_cache=bool(use_cache),
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            **{_CACHE: past_key_values},
         )
         return MapAnythingLlava3DOutput(
             loss=spoken.loss,
             logits=spoken.logits,
-            past_key_values=spoken.past_key_values,
+            past_key_values=getattr(spoken, _CACHE),
             hidden_states=spoken.hidden_states,
             attentions=spoken.attentions,
             image_hidden_states=prefix.image_features,
         )
 
     @torch.no_grad()
-    def encode_prefix(self, model_inputs: Mapping[str, Any]) -> EncodedPrefix:
-        """The part of `predict_action` that does not depend on noise: towers, prefix pass, masks and positions."""
+    def generate(self, model_inputs: Mapping[str, Any], **generation: Any) -> Tensor:
+        """Words that the language model continues the prompt with, images included from the first one on; causal.
+
+        Args:
+            model_inputs: arguments of `embed_prefix`.
+            generation: those of transformers' ``generate``, such as ``max_new_tokens`` or ``do_sample``.
+
+        Returns:
+            ids of the new tokens ``[B, new]``, without the prompt.
+
+        Raises:
+            ValueError: as `embed_prefix`, or ``use_cache=False`` (without a cache the library would drop the images after one word).
+        """
+        if not generation.get('use_cache', True):
+            raise ValueError('generate always uses a cache; call forward on the whole sequence to do without one')
+        prefix = self.embed_prefix(**{name: value for name, value in model_inputs.items() if name != 'state'})
+        embeds, pad = left_padded(prefix.embeds, prefix.pad)
+        return self.language_model.generate(inputs_embeds=embeds, attention_mask=pad.long(), **generation)
+
+    @torch.no_grad()
+    def encode_prefix(self, model_inputs: Mapping[str, Any], cache: str = 'auto') -> EncodedPrefix:
+        """The part of `predict_action` that does not depend on noise: towers, prefix pass, masks and positions.
+
+        Args:
+            model_inputs: arguments of `embed_prefix`, and ``state``.
+            cache: ``immutable``, or ``preallocated`` with room for the suffix (no guidance then: it needs gradients); ``auto`` is
+                the form that the attention implementation reads without copying.
+        """
+        if cache not in CACHES:
+            raise ValueError(f'cache {cache!r} is unknown; use one of {", ".join(CACHES)}')
         inputs = dict(model_inputs)
         state = inputs.pop('state', None)
         prefix = self.embed_prefix(**inputs)
         expert = self._expert()
+        backbone, room = expert.backbone, expert.layout.length
         mask, positions, _ = self._build_joint_attention_inputs(
-            prefix.embeds, expert.layout.length, prefix.pad, image_token_mask=prefix.image_token_mask
+            prefix.embeds, room, prefix.pad, image_token_mask=prefix.image_token_mask
         )
-        done = expert.backbone.prefix_pass(prefix.embeds, mask, positions, cache_only=True)
+        if cache == 'auto':
+            fused = resolve_implementation(backbone.attention_implementation, prefix.embeds.device) == 'sdpa'
+            cache = 'preallocated' if fused else 'immutable'
+        into = backbone.new_cache(*prefix.embeds.shape[:2], room, prefix.embeds) if cache == 'preallocated' else None
+        done = backbone.prefix_pass(prefix.embeds, mask, positions, cache_only=True, into=into)
         return EncodedPrefix(done.cache, mask, positions, state)
 
     @torch.no_grad()
@@ -466,8 +509,11 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
         *,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
+        solver: str | None = None,
+        action_prefix: Tensor | None = None,
+        guidance: RealTimeGuidance | None = None,
     ) -> Tensor:
-        """A chunk ``[B, T, A]``, float32 and normalised, from an encoded prefix."""
+        """A chunk ``[B, T, A]``, float32 and normalised, from an encoded prefix; arguments of `sample_actions`."""
         return self._expert().sample_actions(
             None,
             prefix.state,
@@ -477,23 +523,44 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
             prefix.cache,
             noise=noise,
             generator=generator,
+            solver=solver,
+            action_prefix=action_prefix,
+            guidance=guidance,
         )
 
     @torch.no_grad()
     def predict_action(
-        self,
-        model_inputs: Mapping[str, Any],
-        num_steps: int | None = None,
-        *,
-        noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        self, model_inputs: Mapping[str, Any], num_steps: int | None = None, **sampling: Any
     ) -> Tensor:
         """A chunk of normalised actions ``[B, T, A]`` (float32) for the inputs of `embed_prefix` and ``state``.
+
+        ``num_steps`` and ``sampling`` are the arguments of `denoise`.
 
         Raises:
             ValueError: an input is missing, unknown in shape, or the model has no action expert.
         """
-        return self.denoise(self.encode_prefix(model_inputs), num_steps, noise=noise, generator=generator)
+        cache = 'immutable' if sampling.get('guidance') is not None else 'auto'
+        return self.denoise(self.encode_prefix(model_inputs, cache), num_steps, **sampling)
+
+
+def _given_embeddings(embeds: Tensor | None, pixel_values: Tensor | None, attention_mask: Tensor | None) -> PrefixEmbeddings:
+    """A prefix that the caller has embedded."""
+    if embeds is None:
+        raise ValueError('give input_ids or inputs_embeds')
+    if pixel_values is not None:
+        raise ValueError('images are placed by input_ids; inputs_embeds alone cannot take pixel_values')
+    valid = torch.ones(embeds.shape[:2], device=embeds.device) if attention_mask is None else attention_mask
+    return PrefixEmbeddings(embeds, valid.bool(), torch.zeros_like(valid, dtype=torch.bool), None)
+
+
+def _split_mask(attention_mask: Tensor | None, past_key_values: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Validity of what a language cache holds (None without one), and of the new tokens."""
+    past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+    if not past:
+        return None, attention_mask
+    if attention_mask is None:
+        raise ValueError(f'past_key_values hold {past} tokens; give the attention_mask of those and of the new ones')
+    return attention_mask[:, :past].bool(), attention_mask[:, past:]
 
 
 AutoModel.register(MapAnythingLlava3DConfig, MapAnythingLlava3DForConditionalGeneration)

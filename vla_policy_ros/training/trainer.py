@@ -260,7 +260,8 @@ class Trainer:
         )
         tokens = output.hidden_states[-1][batch.inputs['image_token_mask']]
         count, views = batch.target_pixels.shape[:2]
-        return output.loss, self.head(tokens.view(count, views, -1, tokens.shape[-1]), batch.target_pixels)
+        tokens = tokens.view(count, views, -1, tokens.shape[-1])[:, :, : self.model.config.vision_seq_length]
+        return output.loss, self.head(tokens, batch.target_pixels)
 
     def _batch(self, data: ExampleSet, of_scene: list[Tensor], actions: Tensor, scenes: Tensor) -> _Batch:
         examples = torch.cat([of_scene[int(scene)] for scene in scenes])
