@@ -42,8 +42,8 @@ GEOMETRY_RELEASES: dict[str, dict[str, Any]] = {
 
 # What transformers itself passes to a configuration beside the fields that a class declares.
 _LIBRARY_KEYWORDS = {
-    'name_or_path', 'torch_dtype', 'attn_implementation', 'experts_implementation', 'output_attentions', 'num_labels', 'per_layer_config',
-    'model_type', 'use_return_dict', *GenerationConfig().to_dict(),
+    'name_or_path', 'torch_dtype', 'attn_implementation', 'experts_implementation', 'output_attentions', 'num_labels', 'model_type',
+    'per_layer_config', 'use_return_dict', *GenerationConfig().to_dict(),
 }  # fmt: skip
 
 # The published description has one flat configuration; these of its names are fields of our expert.
@@ -348,7 +348,7 @@ class MapAnythingLlava3DConfig(PreTrainedConfig):
         _one_of('text_config.model_type', text.model_type, LANGUAGE_MODELS)
         if getattr(text, 'sliding_window', None) is not None:
             raise ValueError(
-                f'text_config.sliding_window is {text.sliding_window}; the action expert attends to the whole prefix: set it to None'
+                f'text_config.sliding_window is {text.sliding_window}; the expert attends to the whole prefix: set it to None'
             )
         if 0 <= self.image_token_index < text.vocab_size:
             raise ValueError(
@@ -366,7 +366,8 @@ class MapAnythingLlava3DConfig(PreTrainedConfig):
             )
         if expert.mode == 'shared' and expert.num_layers not in (None, text.num_hidden_layers):
             raise ValueError(
-                f'expert_config.num_layers is {expert.num_layers}; a shared expert has the language model\'s {text.num_hidden_layers}'
+                f'expert_config.num_layers is {expert.num_layers}; a shared expert has those of the language model, '
+                f'{text.num_hidden_layers}'
             )
         if expert.num_layers is not None:
             _positive('expert_config', num_layers=expert.num_layers)

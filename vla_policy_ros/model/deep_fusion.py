@@ -151,6 +151,9 @@ class LLaVA3DWithActionExpertModel(nn.Module):
         attention_implementation: ``auto``, ``eager`` or ``sdpa`` (`attention.attend`).
     """
 
+    # Set by transformers, together with `gradient_checkpointing`.
+    _gradient_checkpointing_func: Callable[..., Any]
+
     def __init__(
         self,
         base_llava: Any,

@@ -178,9 +178,9 @@ class FlowMatchingActionExpert(nn.Module):
         if delay is None and self.config.rtc_max_delay:
             delay = torch.randint(self.config.rtc_max_delay + 1, (rows,), device=actions.device, generator=generator)
         if noise.shape != actions.shape or time.shape != (rows,) or (delay is not None and delay.shape != (rows,)):
+            given = [None if value is None else tuple(value.shape) for value in (noise, time, delay)]
             raise ValueError(
-                f'noise is {tuple(noise.shape)}, time {tuple(time.shape)} and delay {None if delay is None else tuple(delay.shape)}; '
-                f'for these targets they must be {tuple(actions.shape)}, {(rows,)} and {(rows,)}'
+                f'noise, time and delay are {given}; for these targets they must be {tuple(actions.shape)}, {(rows,)} and {(rows,)}'
             )
         if action_is_pad is not None and action_is_pad.shape != (batch, horizon):
             raise ValueError(f'action_is_pad is {tuple(action_is_pad.shape)}; it must be {(batch, horizon)}')
@@ -253,7 +253,7 @@ class FlowMatchingActionExpert(nn.Module):
         action_prefix: Tensor | None = None,
         guidance: RealTimeGuidance | None = None,
     ) -> Tensor:
-        """The sampling loop alone. Asks the device for nothing and computes nothing twice, so that it can be captured as a graph."""
+        """The sampling loop alone. It never waits for the device and computes nothing twice: it can be captured as a graph."""
         known = 0 if action_prefix is None else action_prefix.shape[1]
         # One more time, 0, stands for the actions that are known already.
         table = self.time_features(torch.tensor([*times, 0.0][: len(times) + (known > 0)], device=noise.device))

@@ -70,9 +70,8 @@ class MapAnythingLlava3DOutput(ModelOutput):
 
 
 # For the same reason: the plain dataclass constructor, without the translation of its keywords.
-type.__setattr__(
-    MapAnythingLlava3DOutput, '__init__', getattr(MapAnythingLlava3DOutput.__init__, '__wrapped__', MapAnythingLlava3DOutput.__init__)
-)
+_PLAIN_INIT = getattr(MapAnythingLlava3DOutput.__init__, '__wrapped__', MapAnythingLlava3DOutput.__init__)
+type.__setattr__(MapAnythingLlava3DOutput, '__init__', _PLAIN_INIT)
 
 
 @dataclass(frozen=True)
@@ -376,8 +375,8 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
         """Flow-matching loss where ``actions`` ``[B, T, A]`` are given, else the language model's causal forward.
 
         In the action path the language logits are not computed, ``labels`` and ``position_ids`` are ignored, and the arguments from
-        ``action_is_pad`` on are those of `FlowMatchingActionExpert.compute_loss`. In the language path positions count valid tokens;
-        after ``past_key_values``, ``attention_mask`` covers what they hold as well as ``input_ids``.
+        ``action_is_pad`` on are those of `FlowMatchingActionExpert.compute_loss`. In the language path positions count valid
+        tokens; after ``past_key_values``, ``attention_mask`` covers what they hold as well as ``input_ids``.
 
         Raises:
             ValueError: shapes, counts or values do not fit; ``actions`` without an action expert.
@@ -467,7 +466,7 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
             ids of the new tokens ``[B, new]``, without the prompt.
 
         Raises:
-            ValueError: as `embed_prefix`, or ``use_cache=False`` (without a cache the library would drop the images after one word).
+            ValueError: as `embed_prefix`, or ``use_cache=False`` (without a cache, the library drops the images after one word).
         """
         if not generation.get('use_cache', True):
             raise ValueError('generate always uses a cache; call forward on the whole sequence to do without one')
@@ -497,7 +496,8 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
         if cache == 'auto':
             fused = resolve_implementation(backbone.attention_implementation, prefix.embeds.device) == 'sdpa'
             cache = 'preallocated' if fused else 'immutable'
-        into = backbone.new_cache(*prefix.embeds.shape[:2], room, prefix.embeds) if cache == 'preallocated' else None
+        batch, length = prefix.embeds.shape[:2]
+        into = backbone.new_cache(batch, length, room, prefix.embeds) if cache == 'preallocated' else None
         done = backbone.prefix_pass(prefix.embeds, mask, positions, cache_only=True, into=into)
         return EncodedPrefix(done.cache, mask, positions, state)
 
@@ -529,9 +529,7 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
         )
 
     @torch.no_grad()
-    def predict_action(
-        self, model_inputs: Mapping[str, Any], num_steps: int | None = None, **sampling: Any
-    ) -> Tensor:
+    def predict_action(self, model_inputs: Mapping[str, Any], num_steps: int | None = None, **sampling: Any) -> Tensor:
         """A chunk of normalised actions ``[B, T, A]`` (float32) for the inputs of `embed_prefix` and ``state``.
 
         ``num_steps`` and ``sampling`` are the arguments of `denoise`.
