@@ -89,12 +89,28 @@ def demo(
         raise typer.Exit(run_demo(options))
 
 
+NewFolder = Annotated[Path, typer.Option(help='Folder of the new checkpoint; it must not hold one already.')]
+PresetOption = Annotated[
+    str,
+    typer.Option(help='Size of the network: tiny, tabletop, llava3d-7b, llava3d-7b-expert, llava3d-7b-expert-512 or -expert-clip.'),
+]
+DtypeOption = Annotated[str, typer.Option(help='Of the weights: bfloat16, float16 or float32.')]
+SeedOption = Annotated[int, typer.Option(min=0, help='Seed of the random weights.')]
+
+
+def _print_progress(written: int, total: int) -> None:
+    typer.echo(f'{written / 1e9:.2f} of {total / 1e9:.2f} GB', err=True)
+
+
 @app.command()
 def new(
     robot: RobotOption,
-    out: Annotated[Path, typer.Option(help='Folder of the new checkpoint; it must not hold one already.')],
-    preset: Annotated[str, typer.Option(help='Size of the network, such as tiny.')] = 'tiny',
-    seed: Annotated[int, typer.Option(min=0, help='Seed of the weights.')] = 0,
+    out: NewFolder,
+    preset: PresetOption = 'tiny',
+    seed: SeedOption = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help='Of the weights. Without it: float32 for tiny and tabletop, bfloat16 for the others.')
+    ] = None,
 ) -> None:
     """Make a fresh, untrained checkpoint that fits a robot file."""
     from vla_policy_ros.resources import robot_path
@@ -106,10 +122,46 @@ def new(
         resolved = load_robot(robot_path(robot))
 
         # Loads torch, which takes seconds: only now that everything else is known to be right.
-        from vla_policy_ros.policy import new_checkpoint
+        from vla_policy_ros.policy import FROM_NOTHING, new_checkpoint, write_base_checkpoint
 
-        path = new_checkpoint(resolved, preset, out, seed)
-    typer.echo(f'{path}: preset {preset} for robot {resolved.name}, untrained. Try it with dry_run first.')
+        if preset in FROM_NOTHING:
+            new_checkpoint(resolved, preset, out, seed, dtype or 'float32')
+        else:
+            write_base_checkpoint(resolved, out, preset=preset, dtype=dtype or 'bfloat16', seed=seed, progress=_print_progress)
+    typer.echo(f'{out}: preset {preset} for robot {resolved.name}, untrained. Try it with dry_run first.')
+
+
+@app.command()
+def convert(
+    robot: RobotOption,
+    out: NewFolder,
+    preset: Annotated[str | None, typer.Option(help='Size of the network, such as llava3d-7b-expert, or')] = None,
+    config: Annotated[Path | None, typer.Option(help='a JSON file of network sizes, such as a config.json.')] = None,
+    language: Annotated[Path | None, typer.Option(help='Folder of LLaVA-3D, LLaVA-1.5, Vicuna or Mistral.')] = None,
+    vision: Annotated[Path | None, typer.Option(help='Folder of SigLIP or CLIP.')] = None,
+    geometry: Annotated[Path | None, typer.Option(help='Folder of MapAnything.')] = None,
+    dtype: DtypeOption = 'bfloat16',
+    seed: SeedOption = 0,
+) -> None:
+    """Build a base checkpoint for a robot from local folders of public weights (safetensors)."""
+    from vla_policy_ros.resources import robot_path
+    from vla_policy_ros.robot import load_robot
+
+    given = {'language': language, 'vision': vision, 'geometry': geometry}
+    folders = {part: folder for part, folder in given.items() if folder is not None}
+    with _sentence_instead_of_traceback(OSError, ValueError):
+        if not folders:
+            raise ValueError('give at least one of --language, --vision and --geometry; `vla-policy new` needs none')
+        resolved = load_robot(robot_path(robot))
+
+        from vla_policy_ros.policy import write_base_checkpoint
+
+        report = write_base_checkpoint(
+            resolved, out, preset=preset, sizes_file=config, folders=folders, dtype=dtype, seed=seed, progress=_print_progress
+        )
+    for line in report.lines():
+        typer.echo(line)
+    typer.echo(f'{out}: base checkpoint for robot {resolved.name}, not trained on any robot; see its README.md for the licences.')
 
 
 @app.command()

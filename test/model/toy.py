@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from vla_policy_ros.model.configuration import MapAnythingLlava3DConfig
+from vla_policy_ros.model.attention import boolean_mask
+from vla_policy_ros.model.configuration import SOLVERS, TIME_CONDITIONING, MapAnythingLlava3DConfig
+from vla_policy_ros.model.deep_fusion import PrefixCache
 from vla_policy_ros.model.modeling import MapAnythingLlava3DForConditionalGeneration
 
 ACTION_DIM, HORIZON, STATE_DIM, VOCAB, TOKENS_PER_VIEW = 3, 5, 4, 100, 4
+
+# Validity of two prefixes of unequal length, padded behind and in front.
+RIGHT = [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]]
+LEFT = [[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]]
+FULL = [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]]
+
+padded_on_either_side = pytest.mark.parametrize('pads', [RIGHT, LEFT], ids=['right', 'left'])
+every_conditioning = pytest.mark.parametrize('conditioning', TIME_CONDITIONING)
+every_solver = pytest.mark.parametrize('solver', SOLVERS)
 
 VISION = {
     'hidden_size': 32, 'intermediate_size': 64, 'num_hidden_layers': 1, 'num_attention_heads': 2, 'patch_size': 14,
@@ -68,11 +81,123 @@ def backbone_inputs(model: MapAnythingLlava3DForConditionalGeneration, pads: lis
     return {'prefix': prefix, 'suffix': suffix, 'mask': mask, 'positions': positions, 'pad': pad}
 
 
-def policy_inputs(batch: int = 2, views: int = 2, seed: int = 2) -> dict[str, Tensor]:
-    """Model inputs with random pixels, intrinsics, words and state."""
+def fixed_state(batch: int = 2) -> Tensor:
+    """A state that is neither zero nor the same for every sample."""
+    return torch.linspace(-1.0, 1.0, batch * STATE_DIM).view(batch, STATE_DIM)
+
+
+def joint_pass(model: MapAnythingLlava3DForConditionalGeneration, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Prefix and suffix outputs of one pass over both streams."""
+    streams = (given['prefix'], given['suffix'])
+    (prefix, suffix), _ = model.language_model_with_expert(given['mask'], given['positions'], None, streams)
+    return prefix, suffix
+
+
+def flow_loss(model: MapAnythingLlava3DForConditionalGeneration, given: dict[str, Tensor], **options: Any) -> Tensor:
+    """Loss of fixed targets on `backbone_inputs`; ``options`` are those of `compute_loss`."""
+    batch = len(given['prefix'])
+    state = fixed_state(batch) if model.action_expert.use_state else None
+    targets = options.pop('actions', None)
+    targets = noise(batch, seed=9) if targets is None else targets
+    return model.action_expert.compute_loss(given['prefix'], targets, state, given['mask'], given['positions'], **options)
+
+
+@torch.no_grad()
+def sampled(
+    model: MapAnythingLlava3DForConditionalGeneration,
+    given: dict[str, Tensor],
+    steps: int = 4,
+    cache: PrefixCache | None = None,
+    **options: Any,
+) -> Tensor:
+    """A chunk from fixed noise on `backbone_inputs`; ``options`` are those of `sample_actions`."""
+    batch = len(given['prefix'])
+    options.setdefault('noise', noise(batch))
+    state = fixed_state(batch) if model.action_expert.use_state else None
+    prefix = given['prefix'] if cache is None else None
+    return model.action_expert.sample_actions(prefix, state, steps, given['mask'], given['positions'], cache, **options)
+
+
+def velocity_field(
+    model: MapAnythingLlava3DForConditionalGeneration, given: dict[str, Tensor]
+) -> Callable[[Tensor, float | Tensor], Tensor]:
+    """``v(x, t)`` of the network on `backbone_inputs`, with everything but x and t fixed; t is a number or ``[B]``."""
+    expert, batch = model.action_expert, len(given['prefix'])
+    state = fixed_state(batch) if expert.use_state else None
+
+    def velocity(x: Tensor, time: float | Tensor) -> Tensor:
+        condition = expert.prepare(given['prefix'], state, given['mask'], given['positions'], None, batch)
+        times = time if isinstance(time, Tensor) else torch.tensor([time])
+        return expert.velocity(x, expert.time_features(times), condition)
+
+    return velocity
+
+
+def single_stream(
+    model: MapAnythingLlava3DForConditionalGeneration, given: dict[str, Tensor], condition: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Deep fusion written the slow way: one sequence, every layer projects each stream with its own weights, then attends once.
+
+    ``condition`` ``[B or 1, E]`` is the time condition of adaptive norms.
+    """
+    backbone = model.language_model_with_expert
+    mask, length = boolean_mask(given['mask']), given['prefix'].shape[1]
+    cosine, sine = backbone.base.rotary_emb(given['prefix'], given['positions'])
+    experts = backbone.base.layers if backbone.expert_model is None else backbone.expert_model.layers
+    streams: list[Tensor] = [given['prefix'], given['suffix']]
+
+    def rotated(x: Tensor) -> Tensor:
+        first, second = x[..., : backbone.head_dim // 2], x[..., backbone.head_dim // 2 :]
+        cos, sin = (table[:, None, : x.shape[2]] for table in (cosine, sine))
+        return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+    def adapted(normed: Tensor, table: Tensor | None, norm: int) -> tuple[Tensor, Tensor | float]:
+        if table is None:
+            return normed, 1.0
+        scale, shift, gate = table[:, None].unflatten(-1, (2, 3, -1))[..., norm, :, :].unbind(dim=-2)
+        return normed * (1.0 + scale) + shift, gate
+
+    for index, base in enumerate(backbone.base.layers):
+        layers, present, keys = (base, experts[index // backbone.layer_stride]), streams, mask.shape[-1]
+        if index % backbone.layer_stride:
+            # Nobody pairs with this layer: the prefix advances alone, the suffix passes by.
+            layers, present, keys = (base,), streams[:1], length
+        tables: list[Tensor | None] = [None, None]
+        if condition is not None:
+            tables[1] = backbone.expert_modulation.layers[index // backbone.layer_stride](condition)
+        normed = [
+            adapted(layer.input_layernorm(hidden), table, 0) for layer, hidden, table in zip(layers, present, tables, strict=False)
+        ]
+        projected = [
+            [
+                linear(part).unflatten(-1, (-1, backbone.head_dim)).transpose(1, 2)
+                for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
+            ]
+            for layer, (part, _) in zip(layers, normed, strict=True)
+        ]
+        query, key, value = (torch.cat([stream[i] for stream in projected], dim=2) for i in range(3))
+        query, key = rotated(query), rotated(key)
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        scores = query @ key.transpose(-1, -2) / backbone.head_dim**0.5
+        weights = torch.softmax(scores.masked_fill(~mask[:, :, :keys, :keys], float('-inf')), dim=-1).nan_to_num(0.0)
+        mixed = (weights @ value).transpose(1, 2).flatten(2).split([part.shape[1] for part in present], dim=1)
+        for i, layer in enumerate(layers):
+            hidden = present[i] + normed[i][1] * layer.self_attn.o_proj(mixed[i])
+            second, gate = adapted(layer.post_attention_layernorm(hidden), tables[i], 1)
+            streams[i] = hidden + gate * layer.mlp(second)
+    suffix = backbone.expert_norm(streams[1])
+    if condition is not None:
+        scale, shift = backbone.expert_modulation.final(condition)[:, None].chunk(2, dim=-1)
+        suffix = suffix * (1.0 + scale) + shift
+    return backbone.base.norm(streams[0]), suffix
+
+
+def policy_inputs(batch: int = 2, views: int = 2, seed: int = 2, tokens: int = TOKENS_PER_VIEW) -> dict[str, Tensor]:
+    """Model inputs with random pixels, intrinsics, words and state, and ``tokens`` image positions per camera."""
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(3, VOCAB, (batch, 4), generator=generator)
-    image = torch.full((batch, views * TOKENS_PER_VIEW), -200)
+    image = torch.full((batch, views * tokens), -200)
     intrinsic = torch.tensor([[24.0, 0.0, 13.5], [0.0, 24.0, 13.5], [0.0, 0.0, 1.0]]).repeat(batch, views, 1, 1)
     intrinsic[..., 0, 0] += torch.rand(batch, views, generator=generator) * 4
     return {

@@ -240,7 +240,7 @@ class FlowMatchingActionExpert(nn.Module):
             noise = torch.randn((batch, *shape), device=like.device, generator=generator)
         self._check(noise, state)
         self._check_known_actions(batch, action_prefix, guidance)
-        condition = self.prepare(prefix_embs, state, attention_mask, position_ids, prefix_past_key_values, batch)
+        condition = self.prepare(prefix_embs, state, attention_mask, position_ids, prefix_past_key_values, len(noise))
         return self.denoise(noise.float(), times, steps, solver, condition, action_prefix, guidance)
 
     def denoise(

@@ -6,7 +6,9 @@ saved in the checkpoint folder, with the weights that were trained with it.
 
 The prompt is built by joining token ids, never by expanding a placeholder in text:
 
-    <s> [system] USER: [image tokens of camera 1, camera 2, ...] \\n instruction ASSISTANT:
+    <s> [system] USER: [image tokens of camera 1, camera 2, ...] separator instruction ASSISTANT:
+
+With the system sentence and the separator ``\\n`` this is LLaVA's ``vicuna_v1``.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ class ProcessorConfig:
         image_seq_length: image tokens per camera.
         image_token_index: id that marks image positions.
         system_prompt: sentence before ``USER:``; may be empty.
+        image_separator: text between the images and the instruction.
         state_dim: S.
         action_shape: T and A.
         delta_state_index: per action the element of the state that it is relative to, or None where it is absolute.
@@ -55,6 +58,7 @@ class ProcessorConfig:
     image_seq_length: int
     image_token_index: int
     system_prompt: str
+    image_separator: str
     state_dim: int
     action_shape: tuple[int, int]
     delta_state_index: tuple[int | None, ...]
@@ -110,8 +114,8 @@ class MapAnythingLlava3DProcessor:
             instructions: one sentence per sample.
 
         Returns:
-            ``input_ids, attention_mask, image_token_mask [B, Lp]``, ``pixel_values`` uint8 ``[B, V, 3, H, W]``,
-            ``intrinsic [B, V, 3, 3]``, ``intrinsic_mask, image_masks [B, V]``, ``state [B, S]``.
+            ``input_ids, attention_mask, image_token_mask, instruction_token_mask [B, Lp]``, ``pixel_values`` uint8
+            ``[B, V, 3, H, W]``, ``intrinsic [B, V, 3, 3]``, ``intrinsic_mask, image_masks [B, V]``, ``state [B, S]``.
 
         Raises:
             ValueError: an unknown camera, an unusable image, state or intrinsics.
@@ -155,20 +159,37 @@ class MapAnythingLlava3DProcessor:
         return self._fit((width, height), (side, side), self.config.cameras[camera])
 
     def prompt_batch(self, instructions: Sequence[str]) -> dict[str, Tensor]:
-        """``input_ids, attention_mask, image_token_mask`` ``[B, Lp]``, padded on the right to the longest prompt."""
-        rows = [self._prompt(instruction) for instruction in instructions]
-        length = max(len(row) for row in rows)
-        pad = int(self.tokenizer.pad_token_id)
-        ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows], dtype=torch.long)
-        valid = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], dtype=torch.long)
-        return {'input_ids': ids, 'attention_mask': valid, 'image_token_mask': ids == self.config.image_token_index}
+        """The prompts' part of a batch, ``[B, Lp]`` each, padded on the right to the longest prompt.
 
-    def _encode_prompt(self, instruction: str) -> tuple[int, ...]:
+        ``input_ids``, ``attention_mask``, and which positions are images (``image_token_mask``) and words of the instruction
+        (``instruction_token_mask``).
+        """
+        prompts = [self._prompt(instruction) for instruction in instructions]
+        length = max(len(ids) for ids, _ in prompts)
+        pad = int(self.tokenizer.pad_token_id)
+        ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row, _ in prompts], dtype=torch.long)
+        valid = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row, _ in prompts], dtype=torch.long)
+        words = torch.tensor([[*row, *[False] * (length - len(row))] for _, row in prompts])
+        return {
+            'input_ids': ids,
+            'attention_mask': valid,
+            'image_token_mask': ids == self.config.image_token_index,
+            'instruction_token_mask': words,
+        }
+
+    def _encode_prompt(self, instruction: str) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+        """Ids of a prompt, and which of them are words of the instruction."""
         system = f'{self.config.system_prompt} ' if self.config.system_prompt else ''
         before = self.tokenizer.encode(f'{system}USER: ', add_special_tokens=False)
-        after = self.tokenizer.encode(f'\n {instruction.strip()} ASSISTANT:', add_special_tokens=False)
+        words = instruction.strip()
+        start = len(self.config.image_separator)
+        after = self.tokenizer(
+            f'{self.config.image_separator}{words} ASSISTANT:', add_special_tokens=False, return_offsets_mapping=True
+        )
         image = [self.config.image_token_index] * (self.config.image_seq_length * len(self.config.cameras))
-        return (int(self.tokenizer.bos_token_id), *before, *image, *after)
+        ids = (int(self.tokenizer.bos_token_id), *before, *image, *after['input_ids'])
+        spoken = (first < start + len(words) and last > start for first, last in after['offset_mapping'])
+        return ids, (*[False] * (1 + len(before) + len(image)), *spoken)
 
     def normalize_state(self, state: NDArray[np.float64]) -> Tensor:
         """float32 ``[B, S]`` for robot states ``[B, S]``. Raises ValueError on a wrong width or a value that is not finite."""

@@ -10,14 +10,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vla_policy_ros.policy.checkpoint import CheckpointError, new_checkpoint
+    from vla_policy_ros.policy.base_checkpoint import write_base_checkpoint
+    from vla_policy_ros.policy.checkpoint import FROM_NOTHING, CheckpointError, new_checkpoint
     from vla_policy_ros.policy.executor import Outcome, PolicyExecutor
     from vla_policy_ros.policy.policy import Policy
 
-__all__ = ['CheckpointError', 'Outcome', 'Policy', 'PolicyExecutor', 'new_checkpoint']
+__all__ = ['FROM_NOTHING', 'CheckpointError', 'Outcome', 'Policy', 'PolicyExecutor', 'new_checkpoint', 'write_base_checkpoint']
 
 _HOMES = {
     'CheckpointError': 'checkpoint',
+    'FROM_NOTHING': 'checkpoint',
+    'write_base_checkpoint': 'base_checkpoint',
     'new_checkpoint': 'checkpoint',
     'Outcome': 'executor',
     'PolicyExecutor': 'executor',

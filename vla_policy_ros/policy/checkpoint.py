@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from vla_policy_ros.model.configuration import MapAnythingLlava3DConfig
 from vla_policy_ros.model.modeling import MapAnythingLlava3DForConditionalGeneration
-from vla_policy_ros.model.presets import initialise_from_nothing, preset_config
+from vla_policy_ros.model.presets import FROM_NOTHING as FROM_NOTHING
+from vla_policy_ros.model.presets import fitted_config, initialise_from_nothing, preset_sizes
 from vla_policy_ros.model.processing import (
     PROCESSOR_FILE,
     STATISTICS_FILE,
@@ -44,8 +46,10 @@ TOKENIZER_FILE = 'tokenizer.json'
 REQUIRED_FILES = (CONFIG_FILE, PROCESSOR_FILE, STATISTICS_FILE, TOKENIZER_FILE, ROBOT_FILE)
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
-# The long system sentence is what the large language model was tuned with; models trained from nothing do without its tokens.
-SYSTEM_PROMPTS = {'tabletop': '', 'tiny': VICUNA_SYSTEM}
+# vicuna_v1, which the large language model was tuned with; models trained from nothing do without its tokens, and their small
+# tokenizer knows words with a leading space.
+PROMPTS = {'tabletop': ('', '\n '), 'tiny': (VICUNA_SYSTEM, '\n ')}
+VICUNA_V1 = (VICUNA_SYSTEM, '\n')
 
 
 class CheckpointError(ValueError):
@@ -134,9 +138,14 @@ class Checkpoint:
 
 
 def new_processor(
-    robot: Robot, preset: str, config: MapAnythingLlava3DConfig, statistics: Statistics | None = None
+    robot: Robot,
+    preset: str | None,
+    config: MapAnythingLlava3DConfig,
+    statistics: Statistics | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> MapAnythingLlava3DProcessor:
-    """The processor of a fresh model; `limit_statistics` unless given."""
+    """The processor of a fresh model; `limit_statistics` and the small tokenizer unless given."""
+    system_prompt, image_separator = PROMPTS.get(preset or '', VICUNA_V1)
     action = robot.action
     names = robot.state.names
     shape = (action.horizon, len(action.joints))
@@ -149,12 +158,13 @@ def new_processor(
         image_size=config.vision_config.image_size,
         image_seq_length=config.image_seq_length,
         image_token_index=config.image_token_index,
-        system_prompt=SYSTEM_PROMPTS[preset],
+        system_prompt=system_prompt,
+        image_separator=image_separator,
         state_dim=len(names),
         action_shape=shape,
         delta_state_index=delta,
     )
-    return MapAnythingLlava3DProcessor(small_tokenizer(), processor, statistics or limit_statistics(robot))
+    return MapAnythingLlava3DProcessor(tokenizer or small_tokenizer(), processor, statistics or limit_statistics(robot))
 
 
 def limit_statistics(robot: Robot) -> Statistics:
@@ -176,11 +186,17 @@ def limit_statistics(robot: Robot) -> Statistics:
     return Statistics(state, Normalizer('limits', np.tile(offset, (shape[0], 1)), np.tile(scale, (shape[0], 1))))
 
 
-def new_model(robot: Robot, preset: str, seed: int = 0) -> MapAnythingLlava3DForConditionalGeneration:
-    """A model of a preset with fresh weights that depend on ``seed`` only. Raises ValueError for an unknown preset."""
-    tokenizer = small_tokenizer()
-    config = preset_config(
-        preset,
+def robot_config(robot: Robot, sizes: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast) -> MapAnythingLlava3DConfig:
+    """The configuration of network sizes (as `presets` has them) for a robot and a tokenizer.
+
+    Raises:
+        ValueError: a size cannot work, or the sizes lack the language model's or the expert's.
+    """
+    for part in ('text_config', 'expert_config'):
+        if not isinstance(sizes.get(part), Mapping):
+            raise ValueError(f'the network sizes have no {part}; a robot policy needs it')
+    return fitted_config(
+        sizes,
         action_dim=len(robot.action.joints),
         state_dim=len(robot.state.names),
         horizon=robot.action.horizon,
@@ -189,23 +205,36 @@ def new_model(robot: Robot, preset: str, seed: int = 0) -> MapAnythingLlava3DFor
         eos=tokenizer.eos_token_id,
         pad=tokenizer.pad_token_id,
     )
+
+
+def new_model(robot: Robot, preset: str, seed: int = 0) -> MapAnythingLlava3DForConditionalGeneration:
+    """A model of a preset that is trained from nothing, with fresh weights that depend on ``seed`` only.
+
+    Raises:
+        ValueError: the preset is unknown, or is one that starts from public weights.
+    """
+    sizes = preset_sizes(preset)
+    if preset not in FROM_NOTHING:
+        raise ValueError(f'preset {preset!r} starts from public weights; make its checkpoint with new or convert, and load that')
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MapAnythingLlava3DForConditionalGeneration(config)
+        model = MapAnythingLlava3DForConditionalGeneration(robot_config(robot, sizes, small_tokenizer()))
         initialise_from_nothing(model)
     return model.eval()
 
 
-def new_checkpoint(robot: Robot, preset: str, path: str | Path, seed: int = 0) -> Path:
-    """Write an untrained checkpoint of matching sizes, with `limit_statistics`.
+def new_checkpoint(robot: Robot, preset: str, path: str | Path, seed: int = 0, dtype: str = 'float32') -> Path:
+    """Write an untrained checkpoint of matching sizes, with `limit_statistics`, for a preset that is trained from nothing.
 
     The action head starts at zero velocity, so that its chunks are the noise they were drawn from: fit for trying the machinery,
-    not for moving a robot.
+    not for moving a robot. The other presets are written by `base_checkpoint.write_base_checkpoint`, without their public parts.
 
     Raises:
-        ValueError: the preset is unknown.
+        ValueError: as `new_model`, or an unknown ``dtype``.
     """
-    model = new_model(robot, preset, seed)
+    if dtype not in DTYPES:
+        raise ValueError(f'dtype {dtype!r} is unknown; use one of {", ".join(DTYPES)}')
+    model = new_model(robot, preset, seed).to(DTYPES[dtype])
     return save_checkpoint(path, model, new_processor(robot, preset, model.config), RobotSignature.of(robot))
 
 
@@ -220,11 +249,16 @@ def save_checkpoint(
     path.mkdir(parents=True, exist_ok=True)
     with _without_progress_bars():
         model.save_pretrained(str(path))
+    save_translation(path, processor, signature)
+    return path
+
+
+def save_translation(path: Path, processor: MapAnythingLlava3DProcessor, signature: RobotSignature) -> None:
+    """Write everything of a checkpoint that is not the network, beside it."""
     processor.save_pretrained(path)
     for file in path.glob('*.safetensors'):
         file.chmod(READABLE)
     (path / ROBOT_FILE).write_text(json.dumps(asdict(signature), indent=1) + '\n', encoding='utf-8')
-    return path
 
 
 def load_checkpoint(path: str | Path, robot: Robot, *, device: str = 'cpu', dtype: str = 'float32') -> Checkpoint:
