@@ -1,75 +1,35 @@
-"""Flow matching: closed-form fields, loss identities, time, suffix layout."""
+"""Flow matching: interpolation, time, loss identities, sampling with and without a cache, suffix layout, refusals."""
 
 from __future__ import annotations
-
-import math
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from toy import ACTION_DIM, HORIZON, backbone_inputs, noise, toy_model
+from toy import (
+    ACTION_DIM,
+    FULL,
+    HORIZON,
+    LEFT,
+    RIGHT,
+    backbone_inputs,
+    every_conditioning,
+    every_solver,
+    fixed_state,
+    flow_loss,
+    noise,
+    padded_on_either_side,
+    sampled,
+    toy_model,
+    velocity_field,
+)
 
 from vla_policy_ros.model.flow_matching import SuffixLayout, interpolate, time_embedding
-from vla_policy_ros.model.solvers import integrate
-
-STEPS = (1, 2, 3, 5, 10, 20, 40)
-
-
-def start(rows: int = 64) -> Tensor:
-    return torch.randn(rows, 3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-
-@pytest.mark.parametrize('steps', STEPS)
-def test_constant_field_moves_by_the_constant(steps: int) -> None:
-    x = start()
-    torch.testing.assert_close(integrate(lambda *_: torch.full_like(x, 0.7), x, steps), x - 0.7, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize('steps', STEPS)
-def test_field_of_one_point_ends_in_that_point_for_any_number_of_steps(steps: int) -> None:
-    x, point = start().float(), torch.tensor([0.3, -2.0])
-    end = integrate(lambda y, k: (y - point) / (1.0 - k / steps), x, steps)
-    torch.testing.assert_close(end, point.expand_as(end), atol=1e-6, rtol=0)
-
-
-def test_the_opposite_sign_does_not_end_in_the_point() -> None:
-    x, point = start(), torch.tensor([0.3, -2.0])
-    end = integrate(lambda y, k: -(y - point) / (1.0 - k / 10), x, 10)
-    assert (end - point).abs().mean() > 1.0
-
-
-def test_linear_field_converges_with_first_order() -> None:
-    x, rate = start(), 0.7
-    errors = []
-    for steps in (10, 20, 40):
-        end = integrate(lambda y, _: rate * y, x, steps)
-        torch.testing.assert_close(end, x * (1 - rate / steps) ** steps, atol=1e-6, rtol=0)
-        errors.append(float((end - x * math.exp(-rate)).abs().mean()))
-    assert all(1.8 < a / b < 2.2 for a, b in pairwise(errors))
-
-
-def test_gaussian_field_converges_to_the_exact_map() -> None:
-    x, mean, sigma = start(4096), 0.4, 0.5
-    errors = []
-    for steps in (10, 20, 40, 80):
-
-        def field(y: Tensor, k: int, steps: int = steps) -> Tensor:
-            t = 1.0 - k / steps
-            gain = (t - (1 - t) * sigma**2) / (t**2 + (1 - t) ** 2 * sigma**2)
-            return -mean + gain * (y - (1 - t) * mean)
-
-        errors.append(float((integrate(field, x, steps) - (mean + sigma * x)).abs().max()))
-    assert all(1.7 < a / b < 2.2 for a, b in pairwise(errors))
-
-
-def test_no_steps_is_an_error() -> None:
-    with pytest.raises(ValueError, match='num_steps is 0'):
-        integrate(lambda y, _: y, start(), 0)
+from vla_policy_ros.model.solvers import evaluation_times, integrate
 
 
 def test_interpolation_ends_in_actions_and_noise() -> None:
+    """O22."""
     actions, eps = torch.randn(3, 5, 2), torch.randn(3, 5, 2)
     x0, u0 = interpolate(actions, eps, torch.zeros(3))
     x1, u1 = interpolate(actions, eps, torch.ones(3))
@@ -79,6 +39,7 @@ def test_interpolation_ends_in_actions_and_noise() -> None:
 
 @pytest.mark.parametrize('time', [0.0, 1e-3, 0.37, 0.5, 1.0])
 def test_time_embedding_equals_its_formula_in_double_precision(time: float) -> None:
+    """O24."""
     width = 1024
     got = time_embedding(torch.tensor([time]), width)[0].double().numpy()
     j = np.arange(width // 2)
@@ -90,6 +51,7 @@ def test_time_embedding_equals_its_formula_in_double_precision(time: float) -> N
 
 
 def test_beta_times_have_their_distribution() -> None:
+    """O23."""
     expert = toy_model().action_expert
     config = expert.config
     time = expert.sample_time(400_000, torch.device('cpu'), torch.Generator().manual_seed(0)).double()
@@ -106,92 +68,100 @@ def test_general_beta_times_have_their_mean() -> None:
     assert float(time.mean()) == pytest.approx(0.4, abs=3e-3)
 
 
-def loss_of(model: torch.nn.Module, **given: object) -> Tensor:
-    inputs = backbone_inputs(model, [[1] * 6, [1, 1, 1, 1, 0, 0]])
-    state = torch.ones(2, 4) if model.action_expert.use_state else None
-    return model.action_expert.compute_loss(
-        inputs['prefix'], given.pop('actions', noise(seed=9)), state, inputs['mask'], inputs['positions'], **given
-    )
-
-
 def test_loss_is_zero_for_the_true_velocity_and_the_target_energy_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """O21, and O20 for the target."""
     model, actions, eps = toy_model(), noise(seed=9), noise()
-    expert = model.action_expert
+    given, expert = backbone_inputs(model, RIGHT), model.action_expert
     monkeypatch.setattr(expert, 'velocity', lambda *_: eps - actions)
-    assert float(loss_of(model, noise=eps)) == pytest.approx(0.0, abs=1e-6)
+    assert float(flow_loss(model, given, noise=eps)) == pytest.approx(0.0, abs=1e-6)
     monkeypatch.setattr(expert, 'velocity', lambda *_: actions - eps)
-    assert float(loss_of(model, noise=eps)) > 1.0, 'the opposite sign is not a solution'
+    assert float(flow_loss(model, given, noise=eps)) > 1.0, 'the opposite sign is not a solution'
     monkeypatch.setattr(expert, 'velocity', lambda x, *_: torch.zeros_like(x))
-    many = loss_of(model, repeats=4000, generator=torch.Generator().manual_seed(0))
+    many = flow_loss(model, given, repeats=4000, generator=torch.Generator().manual_seed(0))
     assert float(many) == pytest.approx(1.0 + float(actions.square().mean()), rel=0.01)
 
 
-def test_a_fresh_expert_answers_zero_velocity() -> None:
-    from toy import toy_config
-
-    from vla_policy_ros.model.modeling import MapAnythingLlava3DForConditionalGeneration
-
-    model = MapAnythingLlava3DForConditionalGeneration(toy_config()).eval()
-    eps, actions = noise(), noise(seed=9)
-    loss = loss_of(model, noise=eps, time=torch.rand(2)).detach()
-    assert float(loss) == pytest.approx(float((eps - actions).square().mean()), abs=1e-6)
-    inputs = backbone_inputs(model, [[1] * 6] * 2)
-    chunk = model.action_expert.sample_actions(
-        inputs['prefix'], torch.ones(2, 4), 10, inputs['mask'], inputs['positions'], noise=eps
-    )
-    assert torch.equal(chunk, eps)
+@every_conditioning
+@torch.no_grad()
+def test_loss_equals_the_velocity_at_the_interpolated_actions(conditioning: str) -> None:
+    model, actions, eps, time = toy_model(expert_config={'time_conditioning': conditioning}), noise(seed=9), noise(), [0.3, 0.8]
+    given = backbone_inputs(model, LEFT)
+    x = torch.stack([t * e + (1 - t) * a for t, e, a in zip(time, eps, actions, strict=True)])
+    squared = (velocity_field(model, given)(x, torch.tensor(time)) - (eps - actions)).square()
+    torch.testing.assert_close(flow_loss(model, given, noise=eps, time=torch.tensor(time)), squared.mean(), atol=1e-5, rtol=1e-5)
 
 
 def test_padded_steps_do_not_count() -> None:
     model, eps, time = toy_model(), noise(), torch.tensor([0.2, 0.9])
+    given = backbone_inputs(model, RIGHT)
     pad = torch.zeros(2, HORIZON, dtype=torch.bool)
     pad[0, 3:] = True
-    per_element = loss_of(model, noise=eps, time=time, reduction='none')
-    masked = loss_of(model, noise=eps, time=time, reduction='none', action_is_pad=pad)
+    per_element = flow_loss(model, given, noise=eps, time=time, reduction='none')
+    masked = flow_loss(model, given, noise=eps, time=time, reduction='none', action_is_pad=pad)
     assert per_element.shape == (2, HORIZON, ACTION_DIM)
     assert torch.equal(masked[~pad], per_element[~pad]) and (masked[pad] == 0).all()
-    mean = loss_of(model, noise=eps, time=time, action_is_pad=pad)
+    mean = flow_loss(model, given, noise=eps, time=time, action_is_pad=pad)
     torch.testing.assert_close(mean, per_element[~pad].mean())
 
 
 def test_repeated_draws_share_a_prefix_without_changing_the_loss() -> None:
     model = toy_model()
+    given = backbone_inputs(model, RIGHT)
     eps, time = torch.randn(6, HORIZON, ACTION_DIM), torch.rand(6)
-    together = loss_of(model, noise=eps, time=time, repeats=3, reduction='none')
+    together = flow_loss(model, given, noise=eps, time=time, repeats=3, reduction='none')
     for draw in range(3):
         rows = torch.tensor([draw, 3 + draw])
-        alone = loss_of(model, noise=eps[rows], time=time[rows], reduction='none')
+        alone = flow_loss(model, given, noise=eps[rows], time=time[rows], reduction='none')
         torch.testing.assert_close(together[rows], alone, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize('cached', [True, False])
-@pytest.mark.parametrize('conditioning', ['token', 'concat_mlp'])
-def test_sampling_with_and_without_a_cache_equals_the_formula(cached: bool, conditioning: str) -> None:
-    model = toy_model(expert_config={'time_conditioning': conditioning})
-    inputs = backbone_inputs(model, [[1] * 6, [1, 1, 1, 1, 0, 0]])
-    expert, state, steps = model.action_expert, torch.ones(2, 4), 4
-    with torch.no_grad():
-        cache = expert.backbone.prefix_pass(inputs['prefix'], inputs['mask'], inputs['positions']).cache
-        got = expert.sample_actions(
-            None if cached else inputs['prefix'],
-            state,
-            steps,
-            inputs['mask'],
-            inputs['positions'],
-            cache if cached else None,
-            noise=noise(),
-        )
-        x = noise()
-        for k in range(steps):
-            condition = expert.prepare(inputs['prefix'], state, inputs['mask'], inputs['positions'], None, 2)
-            time = torch.full((2,), 1.0 - k / steps)
-            x = x - expert.velocity(x, expert.time_features(time), condition) / steps
-    torch.testing.assert_close(got, x, atol=1e-5 * steps, rtol=0)
+@every_solver
+@every_conditioning
+@padded_on_either_side
+@torch.no_grad()
+def test_sampling_with_and_without_a_cache_equals_the_formula(pads: list[list[int]], conditioning: str, solver: str) -> None:
+    """O2: the formula runs the prefix again before every evaluation."""
+    model, steps = toy_model(expert_config={'time_conditioning': conditioning}), 4
+    given = backbone_inputs(model, pads)
+    field, times = velocity_field(model, given), evaluation_times(solver, steps)
+    expected = integrate(lambda x, index: field(x, times[index]), noise(), steps, solver)
+    cache = model.language_model_with_expert.prefix_pass(given['prefix'], given['mask'], given['positions']).cache
+    for held in (cache, cache, None):
+        torch.testing.assert_close(sampled(model, given, steps, held, solver=solver), expected, atol=1e-5 * steps, rtol=0)
 
 
-@pytest.mark.parametrize('conditioning', ['token', 'concat_mlp'])
+@every_conditioning
+@torch.no_grad()
+def test_euler_sampling_is_the_published_loop(conditioning: str) -> None:
+    """O2, without our solver: x + v * (-1 / K) at t_k = 1 - k / K."""
+    model, steps = toy_model(expert_config={'time_conditioning': conditioning}), 5
+    given = backbone_inputs(model, RIGHT)
+    field, x = velocity_field(model, given), noise()
+    for k in range(steps):
+        x = x + field(x, 1.0 + k * (-1.0 / steps)) * (-1.0 / steps)
+    torch.testing.assert_close(sampled(model, given, steps, solver='euler'), x, atol=1e-5 * steps, rtol=0)
+
+
+def test_number_of_steps_and_solver_come_from_the_configuration() -> None:
+    model = toy_model(expert_config={'num_inference_steps': 3, 'solver': 'midpoint'})
+    given = backbone_inputs(model, RIGHT)
+    assert torch.equal(sampled(model, given, None), sampled(model, given, 3, solver='midpoint'))
+    assert not torch.equal(sampled(model, given, None), sampled(model, given, 3, solver='euler'))
+
+
+def test_noise_comes_from_the_generator_that_is_given() -> None:
+    model = toy_model()
+    given = backbone_inputs(model, RIGHT)
+    chunks = [sampled(model, given, noise=None, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(chunks[0], chunks[1]) and not torch.equal(chunks[0], chunks[2])
+    losses = [flow_loss(model, given, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
+
+
+@every_conditioning
 @pytest.mark.parametrize('use_state', [True, False])
 def test_suffix_rows_are_where_the_layout_says(conditioning: str, use_state: bool) -> None:
+    """O25."""
     model = toy_model(expert_config={'time_conditioning': conditioning, 'use_state': use_state})
     expert = model.action_expert
     layout = expert.layout
@@ -214,30 +184,35 @@ def test_suffix_rows_are_where_the_layout_says(conditioning: str, use_state: boo
         moved = base.clone()
         moved[0, step] = 1.0
         assert changed(rows(moved, 0.5, 0.0)) == [first + step]
-    by_time = [layout.length - 1] if conditioning == 'token' else list(range(first, first + HORIZON))
+    actions = list(range(first, first + HORIZON))
+    by_time = {'token': [layout.length - 1], 'concat_mlp': actions, 'adarms': []}[conditioning]
     assert changed(rows(base, 0.6, 0.0)) == by_time
     assert changed(rows(base, 0.5, 1.0)) == ([0] if use_state else [])
 
 
-def test_each_action_is_read_from_its_own_row() -> None:
-    """With a backbone that passes its input through, the velocity of step i is the projection of action i."""
-    model = toy_model()
+@pytest.mark.parametrize('conditioning', ['token', 'concat_mlp'])
+@pytest.mark.parametrize('use_state', [True, False])
+@torch.no_grad()
+def test_each_action_is_read_from_its_own_row(conditioning: str, use_state: bool) -> None:
+    """O25: with a backbone that passes its input through, the velocity of step i is a function of action i alone."""
+    model = toy_model(expert_config={'time_conditioning': conditioning, 'use_state': use_state})
     expert = model.action_expert
-    backbone = expert.backbone
-    with torch.no_grad():
-        for layer in backbone.expert_model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-    inputs = backbone_inputs(model, [[1] * 6])
-    x = torch.randn(1, HORIZON, ACTION_DIM)
-    condition = expert.prepare(inputs['prefix'], torch.ones(1, 4), inputs['mask'], inputs['positions'], None, 1)
-    with torch.no_grad():
-        got = expert.velocity(x, expert.time_features(torch.tensor([0.5])), condition)
-        expected = expert.action_out_proj(backbone.expert_norm(expert.action_in_proj(x)))
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    for layer in expert.backbone.expert_model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    field, x = velocity_field(model, backbone_inputs(model, RIGHT)), noise()
+    got, tokens = field(x, 0.5), expert.action_in_proj(x)
+    if conditioning == 'concat_mlp':
+        tokens = expert.suffix(x, expert.time_features(torch.tensor([0.5])), None)
+    torch.testing.assert_close(got, expert.action_out_proj(expert.backbone.expert_norm(tokens)), atol=1e-5, rtol=0)
+    for step in range(HORIZON):
+        moved = x.clone()
+        moved[0, step] += 1.0
+        assert (field(moved, 0.5) != got).any(dim=-1).nonzero().tolist() == [[0, step]]
 
 
 def test_wrong_inputs_are_refused_with_the_numbers() -> None:
+    """O26, at the expert's own door."""
     model = toy_model()
     inputs = backbone_inputs(model, [[1] * 6])
     expert, fit = model.action_expert, (inputs['mask'], inputs['positions'])
@@ -258,15 +233,56 @@ def test_wrong_inputs_are_refused_with_the_numbers() -> None:
         expert.compute_loss(inputs['prefix'], actions.repeat(2, 1, 1), state.repeat(2, 1), *fit)
 
 
-def test_bfloat16_velocity_points_the_same_way() -> None:
+def test_draws_that_do_not_fit_are_refused() -> None:
+    """O26."""
     model = toy_model()
-    inputs = backbone_inputs(model, [[1] * 6, [1, 1, 1, 0, 0, 0]])
-    velocities = []
-    for dtype in (torch.float32, torch.bfloat16):
-        model = model.to(dtype)
-        expert = model.action_expert
-        with torch.no_grad():
-            condition = expert.prepare(inputs['prefix'].to(dtype), torch.ones(2, 4), inputs['mask'], inputs['positions'], None, 2)
-            velocities.append(expert.velocity(noise(), expert.time_features(torch.tensor([0.2, 0.8])), condition))
-    assert all(v.dtype == torch.float32 and torch.isfinite(v).all() for v in velocities)
-    assert torch.nn.functional.cosine_similarity(velocities[0].flatten(), velocities[1].flatten(), dim=0) > 0.99
+    given = backbone_inputs(model, FULL)
+    for wrong in ({'noise': noise(3)}, {'time': torch.rand(4)}):
+        with pytest.raises(ValueError, match=r'noise, time and delay are .*\(2, 5, 3\), \(2,\) and \(2,\)'):
+            flow_loss(model, given, **wrong)
+    with pytest.raises(ValueError, match=r'action_is_pad is \(2, 4\); it must be \(2, 5\)'):
+        flow_loss(model, given, action_is_pad=torch.zeros(2, 4))
+    with pytest.raises(ValueError, match='num_steps is 0'):
+        sampled(model, given, 0)
+    with pytest.raises(ValueError, match=r'\(2, 6, 3\); expected \[batch, 5, 3\]'):
+        sampled(model, given, noise=torch.zeros(2, 6, 3))
+    with pytest.raises(ValueError, match='contain NaN'):
+        sampled(model, given, noise=torch.full((2, HORIZON, ACTION_DIM), float('nan')))
+    with pytest.raises(ValueError, match='joint attention_mask and position_ids'):
+        model.action_expert.sample_actions(given['prefix'], fixed_state(), 2)
+    with pytest.raises(ValueError, match='prefix_embs or prefix_past_key_values'):
+        model.action_expert.sample_actions(None, fixed_state(), 2, given['mask'], given['positions'])
+
+
+@every_conditioning
+@padded_on_either_side
+@pytest.mark.parametrize('precision', ['weights', 'autocast'])
+@torch.no_grad()
+def test_half_precision_velocity_points_the_same_way(precision: str, pads: list[list[int]], conditioning: str) -> None:
+    """O38: bfloat16 weights, and float32 weights under autocast."""
+    model = toy_model(expert_config={'time_conditioning': conditioning})
+    given, x, time = backbone_inputs(model, pads), noise(), torch.tensor([0.2, 0.8])
+    exact = velocity_field(model, given)(x, time)
+    if precision == 'weights':
+        half = velocity_field(model.bfloat16(), {**given, 'prefix': given['prefix'].bfloat16()})(x, time)
+    else:
+        with torch.autocast('cpu', torch.bfloat16):
+            half = velocity_field(model, given)(x, time)
+    assert half.dtype == torch.float32 and torch.isfinite(half).all()
+    assert not torch.equal(half, exact)
+    assert torch.nn.functional.cosine_similarity(half.flatten(), exact.flatten(), dim=0) > 0.99
+
+
+@every_conditioning
+def test_half_precision_loss_and_chunk_are_finite_single_precision(conditioning: str) -> None:
+    """O38."""
+    model = toy_model(expert_config={'time_conditioning': conditioning})
+    given, fixed = backbone_inputs(model, RIGHT), {'noise': noise(), 'time': torch.tensor([0.2, 0.8])}
+    exact = flow_loss(model, given, **fixed).detach()
+    with torch.autocast('cpu', torch.bfloat16):
+        loss = flow_loss(model, given, **fixed)
+    loss.backward()
+    half = {**given, 'prefix': given['prefix'].bfloat16()}
+    for value in (loss, flow_loss(model.bfloat16(), half, **fixed), sampled(model, half)):
+        assert value.dtype == torch.float32 and torch.isfinite(value).all()
+    assert float(loss.detach()) == pytest.approx(float(exact), rel=0.05)

@@ -92,9 +92,9 @@ def test_gaussian_field_converges_to_the_exact_map(solver: str) -> None:
     if solver == 'euler':
         assert all(1.8 < ratio < 2.1 for ratio in ratios), errors
     else:
-        # A method of second order gains the more the smaller the step is; it is ahead of the first order from K = 10 on.
-        assert 3.4 < ratios[-1] < 4.6, errors
-        assert all(error < gaussian_error('euler', steps) for error, steps in zip(errors[1:], (10, 20, 40, 80), strict=True))
+        # At least the second order: midpoint reaches the third in this field.
+        assert all(ratio > 3.4 for ratio in ratios), errors
+        assert all(error < gaussian_error('euler', steps) for error, steps in zip(errors, (5, 10, 20, 40, 80), strict=True))
 
 
 @pytest.mark.parametrize(('solver', 'per_step'), [('euler', 1), ('ab2', 1), ('midpoint', 2)])

@@ -24,7 +24,7 @@ from vla_policy_ros.model.weights.plan import Report, plan
 from vla_policy_ros.model.weights.rules import PARTS
 from vla_policy_ros.model.weights.sizes import adopt_sizes
 from vla_policy_ros.model.weights.sources import Source, WeightsError
-from vla_policy_ros.model.weights.writer import weights_bytes, write_weights
+from vla_policy_ros.model.weights.writer import SHARD_BYTES, weights_bytes, write_weights
 from vla_policy_ros.policy.checkpoint import DTYPES, TOKENIZER_FILE, RobotSignature, new_processor, robot_config, save_translation
 from vla_policy_ros.robot import Robot
 
@@ -48,6 +48,7 @@ def write_base_checkpoint(
     folders: Mapping[str, str | Path] | None = None,
     dtype: str = 'bfloat16',
     seed: int = 0,
+    shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Write a checkpoint folder and return what became of every tensor.
@@ -60,6 +61,7 @@ def write_base_checkpoint(
         folders: any of ``language``, ``vision``, ``geometry`` to a local folder.
         dtype: of the weights: ``float32``, ``bfloat16`` or ``float16``.
         seed: of what is randomly initialised.
+        shard_bytes: size of a weights file, at most.
         progress: called with (bytes written, bytes in all).
 
     Raises:
@@ -88,7 +90,7 @@ def write_base_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        write_weights(partial, model, report, sources, dtype=DTYPES[dtype], seed=seed, progress=progress)
+        write_weights(partial, model, report, sources, dtype=DTYPES[dtype], seed=seed, shard_bytes=shard_bytes, progress=progress)
         _save_config(partial, config, DTYPES[dtype])
         save_translation(partial, new_processor(robot, preset, config, None, tokenizer), RobotSignature.of(robot))
         (partial / CARD_FILE).write_text(model_card(robot, preset, config, sources, report, dtype), encoding='utf-8')

@@ -50,8 +50,7 @@ class Report:
             rows.setdefault(name.split('.')[0], Counter()).update({kind: 1, f'{kind}_elements': count})
         table = [f'{"part":28}{"loaded":>16}{"random":>16}   million elements (tensors)']
         table += [
-            f'{part:28}'
-            + ''.join(f'{found[f"{kind}_elements"] / 1e6:>9.1f} ({found[kind]:>4})' for kind in ('loaded', 'random'))
+            f'{part:28}' + ''.join(f'{found[f"{kind}_elements"] / 1e6:>9.1f} ({found[kind]:>4})' for kind in ('loaded', 'random'))
             for part, found in rows.items()
         ]
         table.append('missing 0, unexpected 0, of another shape 0')
