@@ -77,14 +77,16 @@ def test_letterbox_pads_black_and_crop_fills() -> None:
         ImageTransform.fit((640, 480), (128, 128), 'zoom')
 
 
-def make_processor(*, delta: bool = False, statistics: Statistics | None = None, system: str = '') -> MapAnythingLlava3DProcessor:
+def make_processor(
+    *, delta: bool = False, statistics: Statistics | None = None, system: str = '', separator: str = '\n '
+) -> MapAnythingLlava3DProcessor:
     config = ProcessorConfig(
         cameras={'scene': 'stretch', 'wrist': 'letterbox'},
         image_size=28,
         image_seq_length=4,
         image_token_index=-200,
         system_prompt=system,
-        image_separator='\n ',
+        image_separator=separator,
         state_dim=4,
         action_shape=(5, 3),
         delta_state_index=(0, 2, None) if delta else (None, None, None),
@@ -117,13 +119,24 @@ def test_batch_has_one_row_per_sample_and_marks_what_is_missing() -> None:
     assert lengths[0] > lengths[1] and (batch['input_ids'][1, int(lengths[1]) :] == processor.tokenizer.pad_token_id).all()
 
 
-def test_prompt_is_the_vicuna_template_with_images_before_the_question() -> None:
-    processor = make_processor(system=VICUNA_SYSTEM)
+@pytest.mark.parametrize('separator', ['\n', '\n '])
+def test_prompt_is_the_vicuna_template_with_images_before_the_question(separator: str) -> None:
+    processor = make_processor(system=VICUNA_SYSTEM, separator=separator)
     ids = processor.prompt_batch(['pick the cup'])['input_ids'][0]
     start = int((ids == -200).nonzero()[0])
     assert ids[0] == processor.tokenizer.bos_token_id
     assert processor.tokenizer.decode(ids[1:start]) == f'{VICUNA_SYSTEM} USER: '
-    assert processor.tokenizer.decode(ids[start + 8 :]) == '\n pick the cup ASSISTANT:'
+    assert processor.tokenizer.decode(ids[start + 8 :]) == f'{separator}pick the cup ASSISTANT:'
+
+
+@pytest.mark.parametrize('separator', ['\n', '\n '])
+def test_words_of_the_instruction_are_marked_and_the_template_is_not(separator: str) -> None:
+    processor = make_processor(system=VICUNA_SYSTEM, separator=separator)
+    for instruction in ('pick the cup', '  hebe die Flasche ☃ ', 'USER: ASSISTANT:'):
+        batch = processor.prompt_batch([instruction, 'go'])
+        row, marked = batch['input_ids'][0], batch['instruction_token_mask'][0]
+        assert processor.tokenizer.decode(row[marked]).strip() == instruction.strip()
+        assert not (batch['instruction_token_mask'] & (batch['image_token_mask'] | ~batch['attention_mask'].bool())).any()
 
 
 def test_common_words_are_single_tokens() -> None:

@@ -70,6 +70,13 @@ def toy_model(seed: int = 0, **changes: Any) -> MapAnythingLlava3DForConditional
     return model
 
 
+@torch.no_grad()
+def mild(model: MapAnythingLlava3DForConditionalGeneration) -> MapAnythingLlava3DForConditionalGeneration:
+    """The same model with a small velocity: a solver of few steps follows its field, and amplifies no rounding a hundredfold."""
+    model.action_expert.action_out_proj.weight.mul_(0.2)
+    return model
+
+
 def backbone_inputs(model: MapAnythingLlava3DForConditionalGeneration, pads: list[list[int]], seed: int = 1) -> dict[str, Tensor]:
     """Random prefix and suffix embeddings with their joint boolean mask and positions, for given prefix validity."""
     generator = torch.Generator().manual_seed(seed)

@@ -103,6 +103,18 @@ def test_number_of_steps_is_the_callers_choice(robot: Robot, lively: Path) -> No
         Policy.load(lively, robot, num_steps=0)
 
 
+def test_solver_is_the_callers_choice_and_checked_before_anything_moves(robot: Robot, lively: Path) -> None:
+    reference = Policy.load(lively, robot, seed=0, num_steps=80).infer(observation()).actions
+    errors = {}
+    for solver in ('euler', 'ab2', 'midpoint'):
+        policy = Policy.load(lively, robot, seed=0, num_steps=8, solver=solver)
+        assert policy.summary['solver'] == solver
+        errors[solver] = np.abs(policy.infer(observation()).actions - reference).mean()
+    assert errors['midpoint'] < errors['euler'] and errors['ab2'] < errors['euler']
+    with pytest.raises(ValueError, match="'heun'.*midpoint"):
+        Policy.load(lively, robot, solver='heun')
+
+
 def test_bfloat16_answers_like_float32(robot: Robot, lively: Path) -> None:
     full, half = (Policy.load(lively, robot, seed=0, dtype=dtype).infer(observation()).actions for dtype in ('float32', 'bfloat16'))
     assert np.isfinite(half).all() and np.abs(half - full).max() < 0.2 * full.std()

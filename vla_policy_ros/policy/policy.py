@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vla_policy_ros.model.solvers import evaluation_times
 from vla_policy_ros.policy.checkpoint import Checkpoint, load_checkpoint
 from vla_policy_ros.robot import Robot
 from vla_policy_ros.types import ActionChunk, CameraView, Observation
@@ -34,7 +35,15 @@ class Policy:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, robot: Robot, *, device: str, dtype: str, num_steps: int | None, seed: int | None
+        self,
+        checkpoint: Checkpoint,
+        robot: Robot,
+        *,
+        device: str,
+        dtype: str,
+        num_steps: int | None,
+        solver: str | None,
+        seed: int | None,
     ) -> None:
         self.robot = robot
         self._model = checkpoint.model
@@ -42,8 +51,8 @@ class Policy:
         self._device = torch.device(device)
         expert = checkpoint.model.config.expert_config
         self._num_steps = expert.num_inference_steps if num_steps is None else num_steps
-        if self._num_steps < 1:
-            raise ValueError(f'num_steps is {num_steps}; at least one integration step is needed')
+        self._solver = expert.solver if solver is None else solver
+        evaluation_times(self._solver, self._num_steps)  # refuses what cannot be integrated, now rather than while moving
         self._noise_shape = (1, expert.action_horizon, expert.action_dim)
         self._seed = seed
         self._generator = torch.Generator()
@@ -59,6 +68,7 @@ class Policy:
             'action_dim': expert.action_dim,
             'horizon': expert.action_horizon,
             'num_steps': self._num_steps,
+            'solver': self._solver,
             'device': device,
             'dtype': dtype,
         }
@@ -72,6 +82,7 @@ class Policy:
         device: str = 'cpu',
         dtype: str = 'float32',
         num_steps: int | None = None,
+        solver: str | None = None,
         seed: int | None = None,
     ) -> Policy:
         """Open a checkpoint folder for a robot.
@@ -82,13 +93,15 @@ class Policy:
             device: torch device.
             dtype: ``float32``, ``bfloat16`` or ``float16`` compute.
             num_steps: integration steps per chunk; None is the checkpoint's own number.
+            solver: ``euler``, ``ab2`` or ``midpoint``; None is the checkpoint's own.
             seed: makes chunks reproducible; None draws fresh noise.
 
         Raises:
             CheckpointError: the checkpoint is incomplete, damaged or made for another robot.
+            ValueError: the solver is unknown or there is no step.
         """
         checkpoint = load_checkpoint(path, robot, device=device, dtype=dtype)
-        return cls(checkpoint, robot, device=device, dtype=dtype, num_steps=num_steps, seed=seed)
+        return cls(checkpoint, robot, device=device, dtype=dtype, num_steps=num_steps, solver=solver, seed=seed)
 
     def infer(self, observation: Observation) -> ActionChunk:
         """Answer an observation.
@@ -153,7 +166,7 @@ class Policy:
         self._mark(marks)
         prefix = self._model.encode_prefix(inputs)
         self._mark(marks)
-        normalised = self._model.denoise(prefix, self._num_steps, noise=noise)
+        normalised = self._model.denoise(prefix, self._num_steps, noise=noise, solver=self._solver)
         self._mark(marks)
         actions = self._processor.unnormalize_actions(normalised, state)[0]
         self._mark(marks)

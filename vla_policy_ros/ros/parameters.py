@@ -36,6 +36,12 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter('device', 'cpu', 'torch device that the policy runs on, such as cpu or cuda:0.'),
     Parameter('dtype', 'float32', 'torch dtype of the weights: float32 or bfloat16.'),
     Parameter('num_inference_steps', 0, 'Flow-matching integration steps; 0 takes the checkpoint\'s own number.', (0, 1000)),
+    Parameter(
+        'solver',
+        '',
+        'Integrator: euler, ab2 (second order at the same cost) or midpoint (second order, two evaluations a step); empty takes '
+        'the checkpoint\'s own.',
+    ),
     Parameter('seed', -1, 'Seed of the sampling noise; -1 draws fresh noise.', (-1, 2**31 - 1)),
     Parameter('torch_threads', 1, 'CPU threads of torch.', (1, 256)),
     Parameter('replan_rate', 5.0, 'New action chunks wanted, Hz.', (0.1, 50.0), 'any time'),

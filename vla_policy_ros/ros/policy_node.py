@@ -175,6 +175,7 @@ class PolicyNode(LifecycleNode):
                 device=values['device'],
                 dtype=values['dtype'],
                 num_steps=values['num_inference_steps'] or None,
+                solver=values['solver'] or None,
                 seed=None if values['seed'] < 0 else values['seed'],
             )
             warm_up_ms = policy.warm_up()
