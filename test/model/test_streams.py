@@ -1,4 +1,4 @@
-"""How the streams run: cache forms, attention kernels, what one integration step moves, no waiting for the device, checkpointing."""
+"""How the streams run: cache forms, attention kernels, what a step moves, never waiting for the device, checkpointing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from toy import (
     toy_model,
 )
 
-from vla_policy_ros.model.attention import attend, grouped_attention
+from vla_policy_ros.model.attention import attend
 from vla_policy_ros.model.deep_fusion import PrefixCache
 from vla_policy_ros.model.flow_matching import Conditioning
 from vla_policy_ros.model.solvers import evaluation_times
@@ -71,7 +71,7 @@ def test_both_cache_forms_give_one_chunk(conditioning: str, implementation: str,
     assert addresses == [part.data_ptr() for layer in held['preallocated'].layers for part in layer]
     model = mild(model)
     chunks = [sampled(model, given, 4, cache) for cache in held.values()]
-    torch.testing.assert_close(chunks[0], chunks[1], atol=1e-6, rtol=0)
+    torch.testing.assert_close(chunks[0], chunks[1], atol=1e-5, rtol=0)
 
 
 @padded_on_either_side
@@ -110,10 +110,14 @@ def test_fused_attention_over_segments_equals_eager_attention(repeats: int) -> N
             torch.testing.assert_close(one, other, atol=5e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize('lengths', [(3, 3), (3, 40), (40, 3)])
 @torch.no_grad()
-def test_auto_takes_the_kernel_of_the_device() -> None:
-    query = torch.randn(1, 2, 3, 4)
-    assert torch.equal(attend(query, [(query, query)], None, 'auto'), grouped_attention(query, [(query, query)], None))
+def test_auto_is_one_of_the_kernels(lengths: tuple[int, int]) -> None:
+    query, key = (torch.randn(1, 2, length, 4, generator=torch.Generator().manual_seed(0)) for length in lengths)
+    for segments in ([(key, key)], [(key, key), (query, query)]):
+        chosen, *kernels = (attend(query, segments, None, implementation) for implementation in ('auto', 'eager', 'sdpa'))
+        assert any(torch.equal(chosen, kernel) for kernel in kernels)
+        torch.testing.assert_close(kernels[0], kernels[1], atol=1e-5, rtol=0)
 
 
 def test_a_preallocated_cache_refuses_what_would_break_it() -> None:
@@ -141,7 +145,7 @@ def test_prediction_takes_the_cache_form_that_its_kernel_reads_in_place(implemen
     assert [form.cache.room for form in forms.values()] == [0, 7]
     mild(model)
     chunks = [model.denoise(form, 4, noise=noise()) for form in forms.values()]
-    torch.testing.assert_close(chunks[0], chunks[1], atol=1e-6, rtol=0)
+    torch.testing.assert_close(chunks[0], chunks[1], atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="'growing' is unknown; use one of auto, immutable, preallocated"):
         model.encode_prefix(inputs, 'growing')
 
@@ -229,6 +233,7 @@ def test_sampling_loop_never_waits_for_the_device(conditioning: str, form: str, 
     assert chunk.device.type == 'meta' and chunk.shape == (2, HORIZON, 3)
 
 
+@pytest.mark.filterwarnings('ignore:`gradient_checkpointing')
 @every_conditioning
 def test_checkpointing_recomputes_layers_and_changes_nothing(conditioning: str) -> None:
     """O33."""
@@ -236,7 +241,7 @@ def test_checkpointing_recomputes_layers_and_changes_nothing(conditioning: str) 
     fixed = {'actions': noise(seed=9), 'noise': noise(), 'time': torch.tensor([0.3, 0.8])}
     calls: list[int] = []
     for layers in (model.language_model.model.layers, model.language_model_with_expert.expert_model.layers):
-        layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+        layers[1].self_attn.k_proj.register_forward_hook(lambda *_: calls.append(1))
     results = []
     for switch in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
         switch()

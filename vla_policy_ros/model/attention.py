@@ -65,13 +65,6 @@ def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return x * cosine + rotate_half(x) * sine
 
 
-def resolve_implementation(implementation: str, device: torch.device) -> str:
-    """``auto`` as ``sdpa`` on CUDA, where the fused kernels are, and as ``eager`` elsewhere, where matrix products are faster."""
-    if implementation == 'auto':
-        return 'sdpa' if device.type == 'cuda' else 'eager'
-    return implementation
-
-
 def simplified_mask(allowed: Tensor) -> Tensor | None:
     """None where nothing is masked, so that no kernel reads a mask and SDPA may choose FlashAttention. Asks the device once."""
     return None if allowed.device.type != 'meta' and bool(allowed.all()) else allowed
@@ -83,9 +76,13 @@ def attend(
     """Softmax attention of one set of queries over key/value segments; arguments and result as in `grouped_attention`.
 
     ``eager`` is `grouped_attention`. ``sdpa`` is torch's scaled_dot_product_attention, which takes FlashAttention where ``allowed``
-    is None and the device has it; it joins several segments by copying them, so that inference gives it one segment.
+    is None and the device has it; it joins several segments by copying them, so that inference gives it one segment. ``auto`` is
+    ``sdpa`` on CUDA and for fewer queries than keys in one segment, and ``eager`` elsewhere: on a CPU each is the faster one there.
     """
-    if resolve_implementation(implementation, query.device) == 'eager':
+    if implementation == 'auto':
+        few_queries = len(segments) == 1 and query.shape[2] < segments[0][0].shape[2]
+        implementation = 'sdpa' if query.device.type == 'cuda' or few_queries else 'eager'
+    if implementation == 'eager':
         return grouped_attention(query, segments, allowed)
     rows, heads, length, width = query.shape
     repeats = rows // segments[0][0].shape[0]

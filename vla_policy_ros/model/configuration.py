@@ -238,8 +238,8 @@ class MapAnythingLlava3DConfig(PreTrainedConfig):
         fusion_init_std: standard deviation of W at initialisation for ``patch_add``; 0 makes fusion the identity at start.
         use_rays: feed camera rays to the geometry trunk where the intrinsics are known.
         prefix_attention: mask among prefix tokens, the same in training and in the cached pass.
-        stream_attention: softmax attention of both streams: ``eager`` (matrix products), ``sdpa`` (fused), or ``auto``: fused on
-            CUDA.
+        stream_attention: softmax attention of both streams: ``eager`` (matrix products), ``sdpa`` (fused), or ``auto``, the faster
+            one for device and shape (`attention.attend`).
         use_spatial_token, spatial_token_num, action_token_begin_idx: rows that replace a range of ids, off by default.
         prefix_lang_dropout_prob, prefix_image_dropout_prob: share of instruction words and of image tokens that training hides
             (masks; nothing is zeroed).

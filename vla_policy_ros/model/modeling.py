@@ -22,13 +22,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreT
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from vla_policy_ros.model.attention import (
-    additive_mask,
-    block_attention_mask,
-    position_ids_from_pad,
-    prefix_block_starts,
-    resolve_implementation,
-)
+from vla_policy_ros.model.attention import additive_mask, block_attention_mask, position_ids_from_pad, prefix_block_starts
 from vla_policy_ros.model.configuration import MapAnythingLlava3DConfig
 from vla_policy_ros.model.deep_fusion import LLaVA3DWithActionExpertModel, PrefixCache
 from vla_policy_ros.model.flow_matching import FlowMatchingActionExpert
@@ -494,8 +488,7 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
             prefix.embeds, room, prefix.pad, image_token_mask=prefix.image_token_mask
         )
         if cache == 'auto':
-            fused = resolve_implementation(backbone.attention_implementation, prefix.embeds.device) == 'sdpa'
-            cache = 'preallocated' if fused else 'immutable'
+            cache = 'immutable' if backbone.attention_implementation == 'eager' else 'preallocated'
         batch, length = prefix.embeds.shape[:2]
         into = backbone.new_cache(batch, length, room, prefix.embeds) if cache == 'preallocated' else None
         done = backbone.prefix_pass(prefix.embeds, mask, positions, cache_only=True, into=into)
