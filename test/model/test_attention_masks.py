@@ -18,6 +18,7 @@ from vla_policy_ros.model.attention import (
 
 @pytest.mark.parametrize('seed', range(8))
 def test_mask_equals_the_rule_written_out_pair_by_pair(seed: int) -> None:
+    """O14."""
     torch.manual_seed(seed)
     length = int(torch.randint(2, 13, ()))
     pad = torch.rand(3, length) > 0.3
@@ -48,6 +49,7 @@ def test_prefix_modes() -> None:
 
 @pytest.mark.parametrize('pads', [[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 0, 1, 1, 0]])
 def test_positions_count_valid_tokens_and_the_suffix_starts_at_their_number(pads: list[int]) -> None:
+    """O15."""
     pad = torch.tensor([[*pads, 1, 1, 1]], dtype=torch.bool)
     positions = position_ids_from_pad(pad)
     assert positions[0, 5:].tolist() == [3, 4, 5]

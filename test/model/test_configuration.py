@@ -169,5 +169,5 @@ def test_presets_fit_any_robot(preset: str, actions: int, state: int, horizon: i
 
 
 def test_an_unknown_preset_is_named() -> None:
-    with pytest.raises(ValueError, match="'huge'.*tabletop.*llava3d-7b-expert-clip"):
+    with pytest.raises(ValueError, match=r"'huge'.*tabletop.*llava3d-7b-expert-clip"):
         preset_sizes('huge')

@@ -169,6 +169,7 @@ def camera(focal: float = 24.0) -> Tensor:
 
 
 def test_rays_are_unit_vectors_and_the_principal_point_looks_straight_ahead() -> None:
+    """O31."""
     K = torch.tensor([[50.0, 0.0, 7.0], [0.0, 60.0, 5.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
     rays = camera_rays(K, 12, 16)
     assert rays.shape == (12, 16, 3)
@@ -179,6 +180,7 @@ def test_rays_are_unit_vectors_and_the_principal_point_looks_straight_ahead() ->
 
 @torch.no_grad()
 def test_intrinsics_matter_exactly_where_they_are_known() -> None:
+    """O29."""
     trunk, images = toy_trunk(), torch.rand(1, 2, 3, 28, 28)
     near, far = camera(20.0).expand(1, 2, 3, 3), camera(40.0).expand(1, 2, 3, 3)
     none, both = torch.zeros(1, 2, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool)
@@ -191,6 +193,7 @@ def test_intrinsics_matter_exactly_where_they_are_known() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize('absent', [0, 1, 2])
 def test_an_absent_view_is_as_if_it_were_not_there(absent: int) -> None:
+    """O28."""
     trunk, images = toy_trunk(), torch.rand(1, 3, 3, 28, 28)
     K = torch.stack([camera(20.0 + 5 * index) for index in range(3)])[None]
     present = torch.ones(1, 3, dtype=torch.bool)

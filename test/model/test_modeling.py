@@ -38,6 +38,7 @@ def test_loss_and_prediction_have_the_promised_forms(model: Model) -> None:
 
 
 def test_joint_inputs_are_what_the_contract_says(model: Model) -> None:
+    """O14 and O15."""
     layout = model.action_expert.layout
     pad = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
     prefix = torch.zeros(2, 4, 64)
@@ -58,6 +59,7 @@ def test_joint_inputs_are_what_the_contract_says(model: Model) -> None:
 
 
 def test_image_features_fill_their_slots_in_order_and_words_stay(model: Model) -> None:
+    """O27."""
     inputs = policy_inputs()
     ids = inputs['input_ids'].clone()
     ids[0, -1] = VOCAB - 1
@@ -101,9 +103,13 @@ def test_views_are_laid_out_one_after_the_other(model: Model) -> None:
         'vocabulary',
         'no_images',
         'mask',
+        'actions_batch',
+        'nan_actions',
+        'image_masks',
     ],
 )
 def test_what_does_not_fit_is_refused_with_its_numbers(model: Model, change: str) -> None:
+    """O26."""
     inputs = policy_inputs()
     actions = noise(seed=9)
     image = inputs['pixel_values'].float() / 255
@@ -112,6 +118,8 @@ def test_what_does_not_fit_is_refused_with_its_numbers(model: Model, change: str
         'state': r'\(2, 5\)', 'no_state': 'state', 'nan_state': 'NaN', 'nan_pixels': 'nan', 'signed_pixels': r'\[-1',
         'image_size': r'30', 'intrinsic': r'\(2, 1, 3, 3\)', 'bad_focal': 'focal', 'vocabulary': f'{VOCAB}',
         'no_images': '8 image positions', 'mask': r'\(2, 5\)',
+        'actions_batch': 'actions have batch 3, the prefix has batch 2', 'nan_actions': 'actions contain NaN',
+        'image_masks': r'image_masks is \(2, 3\); the images are \[2, 2',
     }  # fmt: skip
     if change == 'slots_more':
         inputs['input_ids'][:, 10] = -200
@@ -144,6 +152,12 @@ def test_what_does_not_fit_is_refused_with_its_numbers(model: Model, change: str
         del inputs['pixel_values'], inputs['intrinsic']
     elif change == 'mask':
         inputs['attention_mask'] = torch.ones(2, 5)
+    elif change == 'actions_batch':
+        actions = noise(3)
+    elif change == 'nan_actions':
+        actions[1, 2, 0] = float('nan')
+    elif change == 'image_masks':
+        inputs['image_masks'] = torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match=messages[change]):
         model(**inputs, actions=actions)
 

@@ -170,16 +170,16 @@ class LargeResults(TorchDispatchMode):
         return result
 
 
-def large_results_of_a_step(implementation: str, form: str, pads: list[list[int]]) -> LargeResults:
+def large_results_of_a_step(implementation: str, form: str, pads: list[list[int]], kv_heads: int = 2) -> LargeResults:
     """What one integration step of a chunk does, for a prefix that is much longer than the suffix."""
-    model = toy_model(stream_attention=implementation, text_config={'num_key_value_heads': 4})
+    model = toy_model(stream_attention=implementation, text_config={'num_key_value_heads': kv_heads})
     given = backbone_inputs(model, pads)
     with torch.no_grad():
         cache = caches(model, given)[form]
         expert = model.action_expert
         condition = expert.prepare(None, fixed_state(), given['mask'], given['positions'], cache, 2)
         features = expert.time_features(torch.tensor([0.4]))
-        with LargeResults(2 * 4 * len(pads[0]) * 16) as watched:
+        with LargeResults(2 * kv_heads * len(pads[0]) * 16) as watched:
             expert.velocity(noise(), features, condition)
     return watched
 
@@ -188,10 +188,11 @@ LONG = [[1] * 400, [1] * 300 + [0] * 100]
 
 
 @pytest.mark.parametrize('pads', [LONG, [[1] * 400] * 2], ids=['padded', 'full'])
-@pytest.mark.parametrize(('implementation', 'form'), [('eager', 'immutable'), ('eager', 'preallocated'), ('sdpa', 'preallocated')])
-def test_no_step_copies_the_cache(implementation: str, form: str, pads: list[list[int]]) -> None:
+@pytest.mark.parametrize('kv_heads', [2, 4])
+@pytest.mark.parametrize('reader', ['eager-immutable', 'eager-preallocated', 'sdpa-preallocated', 'auto-preallocated'])
+def test_no_step_copies_the_cache(reader: str, kv_heads: int, pads: list[list[int]]) -> None:
     """Nothing that a step makes or writes is as large as the keys, or values, of one layer for this batch."""
-    watched = large_results_of_a_step(implementation, form, pads)
+    watched = large_results_of_a_step(*reader.split('-'), pads, kv_heads)
     assert watched.seen > 100
     assert watched.large == []
 

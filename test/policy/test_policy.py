@@ -111,7 +111,7 @@ def test_solver_is_the_callers_choice_and_checked_before_anything_moves(robot: R
         assert policy.summary['solver'] == solver
         errors[solver] = np.abs(policy.infer(observation()).actions - reference).mean()
     assert errors['midpoint'] < errors['euler'] and errors['ab2'] < errors['euler']
-    with pytest.raises(ValueError, match="'heun'.*midpoint"):
+    with pytest.raises(ValueError, match=r"'heun'.*midpoint"):
         Policy.load(lively, robot, solver='heun')
 
 
