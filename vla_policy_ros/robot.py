@@ -126,6 +126,9 @@ class JointLimit(_Section):
     position: tuple[float, float] = Field(description='Lower and upper position, rad (m for a prismatic joint).')
     velocity: float = Field(gt=0.0, description='Largest |velocity|, rad/s.')
     acceleration: float = Field(gt=0.0, description='Largest |acceleration|, rad/s^2.')
+    jerk: float | None = Field(
+        None, gt=0.0, description='Largest |jerk|, rad/s^3. None: not limited beyond what bounded acceleration gives.'
+    )
     following_error: float | None = Field(
         None, gt=0.0, description='Largest |commanded - measured| position; beyond it the node stops. None: not watched.'
     )

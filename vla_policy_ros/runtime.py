@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from time import perf_counter
 from typing import Any, Protocol
@@ -22,14 +22,12 @@ from numpy.typing import NDArray
 
 from vla_policy_ros.control.commanded import CommandedMotion
 from vla_policy_ros.control.planner import LimitExceeded, Plan, TrajectoryPlanner
+from vla_policy_ros.control.timeline import Chunking, Timeline
 from vla_policy_ros.observation import ObservationAssembler, ObservationError, Snapshot
 from vla_policy_ros.robot import Robot
-from vla_policy_ros.types import NS_PER_S, ActionChunk, JointTrajectory, Observation
+from vla_policy_ros.types import NS_PER_S, ActionChunk, JointTrajectory, KnownActions, Observation
 
-_RATE_WINDOW = 20
 _LATENCY_WINDOW = 100
-_JUMP_BACK_NS = NS_PER_S // 5
-_LEAP_AHEAD_NS = NS_PER_S
 _SAME_POSITION = 0.05
 
 
@@ -52,11 +50,13 @@ class Settings:
         replan_rate: Hz at which a new chunk is wanted.
         dry_run: plan and report, but never actuate; every plan then starts from the measured state.
         max_inference_time: an inference that takes longer is reported as a stall.
+        chunking: how chunks follow each other, see `Timeline`; fixed while the runtime lives.
     """
 
     replan_rate: float = 5.0
     dry_run: bool = False
     max_inference_time: float = 2.0
+    chunking: Chunking = 'replace'
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ class Executor(Protocol):
 
 
 class Infer(Protocol):
-    """The policy: one observation to one chunk, on the executor's thread."""
+    """The policy: one observation, and what is decided already, to one chunk; on the executor's thread."""
 
-    def __call__(self, observation: Observation) -> ActionChunk: ...
+    def __call__(self, observation: Observation, known: KnownActions | None) -> ActionChunk: ...
 
 
 @dataclass
@@ -118,16 +118,6 @@ class _Request:
     started_ns: int
     decode_ms: float = 0.0
     result: Any = None
-
-
-@dataclass
-class _Timeline:
-    """What must be forgotten when the clock jumps back."""
-
-    commanded: CommandedMotion | None = None
-    chunk_times: deque[int] = field(default_factory=lambda: deque(maxlen=_RATE_WINDOW))
-    now_ns: int = 0
-    settled_ns: int = 0
 
 
 class PolicyRuntime:
@@ -165,7 +155,7 @@ class PolicyRuntime:
         self._executor = executor
         self._listener = listener
         self._wake = wake
-        self._timeline = _Timeline()
+        self.timeline = Timeline(planner, settings.chunking)
         self._latencies: deque[float] = deque(maxlen=_LATENCY_WINDOW)
         self._epoch = 0
         self._in_flight: _Request | None = None
@@ -183,7 +173,7 @@ class PolicyRuntime:
         """Begin to plan. Motion starts from where the controller holds the robot now."""
         now_ns = self._advance(now_ns)
         self.active, self._has_run, self._plan_problem = True, False, ''
-        self._forget_motion_at_rest(now_ns)
+        self.timeline.forget_motion_at_rest()
         self._new_epoch()
         self._update_state(now_ns)
 
@@ -208,7 +198,7 @@ class PolicyRuntime:
         now_ns = self._advance(now_ns)
         self._stop_reason = ''
         self._plan_problem = ''
-        self._forget_motion_at_rest(now_ns)
+        self.timeline.forget_motion_at_rest()
         self._update_state(now_ns)
 
     def fault(self, now_ns: int, reason: str) -> None:
@@ -281,9 +271,7 @@ class PolicyRuntime:
 
     def chunk_rate(self, now_ns: int) -> float:
         """Chunks per second achieved of late."""
-        times = self._timeline.chunk_times
-        stale = not times or now_ns - times[-1] > 3 * NS_PER_S / self.settings.replan_rate
-        return 0.0 if stale or len(times) < 2 else (len(times) - 1) * NS_PER_S / (times[-1] - times[0])
+        return self.timeline.chunk_rate(now_ns, self.settings.replan_rate)
 
     def latency_percentile(self, percent: float) -> float:
         """Latency from image stamp to published trajectory, ms, over the last chunks; NaN before the first."""
@@ -291,8 +279,7 @@ class PolicyRuntime:
 
     def commanded_until(self, now_ns: int) -> float:
         """Seconds until the last trajectory has come to rest, 0 if it has."""
-        commanded = self._timeline.commanded
-        return 0.0 if commanded is None else max(0.0, (commanded.until_ns - now_ns) / NS_PER_S)
+        return self.timeline.moving_for(now_ns)
 
     # ---- inside ------------------------------------------------------------------------------------------------------------
 
@@ -305,12 +292,14 @@ class PolicyRuntime:
             self._replan_wanted = True
             return
         request = _Request(self._epoch, self.inputs.snapshot(), now_ns)
+        action = self.robot.action
+        known = self.timeline.known_actions(request.snapshot.stamp_ns, action.period_ns, action.horizon)
 
         def work() -> ActionChunk:
             began = perf_counter()
             observation = request.snapshot.decode()
             request.decode_ms = 1e3 * (perf_counter() - began)
-            return self._infer(observation)
+            return self._infer(observation, known)
 
         def done(result: Any) -> None:
             request.result = result
@@ -337,18 +326,19 @@ class PolicyRuntime:
         began = perf_counter()
         commanded = self._commanded(now_ns)
         try:
-            plan = self._planner.plan(chunk, now_ns, commanded)
+            plan = self.timeline.plan(chunk, commanded)
         except ValueError as mismatch:  # the chunk does not fit the robot at all, which no later chunk will mend
             self.fault(now_ns, f'the policy does not fit the robot file: {mismatch}')
             return
         stages = {'decode': request.decode_ms, **chunk.stages_ms, 'plan': 1e3 * (perf_counter() - began)}
         self.counters.chunks += 1
-        self._timeline.chunk_times.append(now_ns)
         if plan.trajectory is not None:
-            self._publish(plan.trajectory, commanded)
+            self._publish(plan, commanded)
+            self.timeline.taken(chunk, plan)
             self._plan_problem = ''
             self._has_run = True
         else:
+            self.timeline.refused()
             self.counters.trajectories_rejected += 1
             self._plan_problem = f'chunk {chunk.sequence} was refused: {plan.reason}'
         latency_ms = (now_ns - chunk.observation_stamp_ns) / 1e6
@@ -356,20 +346,20 @@ class PolicyRuntime:
         actuated = plan.trajectory is not None and not self.settings.dry_run
         self._listener.on_chunk(ChunkReport(chunk, plan, actuated, request.snapshot.input_stamps, stages, latency_ms))
 
-    def _publish(self, trajectory: JointTrajectory, commanded: CommandedMotion) -> None:
+    def _publish(self, plan: Plan, commanded: CommandedMotion) -> None:
+        assert plan.trajectory is not None
         actuate = not self.settings.dry_run
         if actuate:
-            commanded.accept(trajectory)
+            commanded.accept(plan.trajectory, plan.raw)
             self.counters.trajectories_published += 1
-        self._listener.on_trajectory(trajectory, actuate=actuate)
+        self._listener.on_trajectory(plan.trajectory, actuate=actuate)
 
     def _commanded(self, now_ns: int) -> CommandedMotion:
         """The commanded motion. After a silence it begins anew where the controllers hold the robot, else where it was measured:
         others may have moved it meanwhile."""
-        commanded = self._timeline.commanded
-        if commanded is None or self.settings.dry_run or commanded.until_ns < now_ns:
-            commanded = CommandedMotion.from_rest(self.robot.action.joints, self._anchor(now_ns), now_ns)
-            self._timeline.commanded = commanded
+        commanded = self.timeline.commanded
+        if commanded is None or self.settings.dry_run or self.timeline.starved():
+            commanded = self.timeline.begin(self._anchor(now_ns))
         return commanded
 
     def _anchor(self, now_ns: int) -> NDArray[np.float64]:
@@ -383,16 +373,17 @@ class PolicyRuntime:
         return self.robot.action_positions(state[0])
 
     def _brake(self, now_ns: int) -> None:
-        commanded = self._timeline.commanded
+        commanded = self.timeline.commanded
         if commanded is None or self.settings.dry_run or not self.active:
             return
+        self.timeline.forget_chunks()
         try:
-            trajectory = self._planner.brake(now_ns, commanded)
+            stop = self._planner.brake(now_ns, commanded)
         except LimitExceeded as problem:
             self._listener.on_warning(f'{problem}; the last trajectory comes to rest by itself')
             return
-        if trajectory is not None:
-            self._publish(trajectory, commanded)
+        if stop is not None:
+            self._publish(stop, commanded)
 
     def _watch_inference(self, now_ns: int) -> None:
         age = self.inference_age(now_ns)
@@ -402,7 +393,7 @@ class PolicyRuntime:
 
     def _watch_following(self, now_ns: int) -> None:
         """Stop when the robot is not where it was commanded to be: it was stopped, blocked, or another node commands it."""
-        commanded, state = self._timeline.commanded, self.inputs.state
+        commanded, state = self.timeline.commanded, self.inputs.state
         if commanded is None or state is None or self.settings.dry_run or state[1] < commanded.since_ns:
             return
         measured = self.robot.action_positions(state[0])
@@ -429,35 +420,24 @@ class PolicyRuntime:
         return fresh and bool(np.abs(commanded.sample(stamp_ns)[0] - positions).max() < _SAME_POSITION)
 
     def _advance(self, now_ns: int) -> int:
-        """The runtime's time: stands still over a small step back of the clock, starts anew after a jump back or a leap ahead."""
-        last_ns = self._timeline.now_ns
-        if now_ns < last_ns - _JUMP_BACK_NS or (last_ns > 0 and now_ns > last_ns + _LEAP_AHEAD_NS):
-            self._restart_timeline(now_ns)
-        self._timeline.now_ns = max(now_ns, self._timeline.now_ns)
-        return self._timeline.now_ns
+        """The runtime's time: stands still over a small step back of the clock, starts anew after a jump back or a leap ahead.
 
-    def _forget_motion_at_rest(self, now_ns: int) -> None:
-        """A robot at rest may have been moved by others since; one still braking continues from its commanded motion."""
-        commanded = self._timeline.commanded
-        if commanded is not None and commanded.at_rest(now_ns):
-            self._timeline.commanded = None
-
-    def _restart_timeline(self, now_ns: int) -> None:
-        # Nothing is sent: the robot may stand elsewhere on the new time line. A controller that still executes the last trajectory
-        # goes on with it, whatever its clock says, so that nothing is planned until that one has come to rest.
-        settling = round(self.commanded_until(self._timeline.now_ns) * NS_PER_S)
-        self.inputs.clear()
-        if self._in_flight is not None:
-            self._in_flight.started_ns = now_ns
-        self._timeline = _Timeline(now_ns=now_ns, settled_ns=now_ns + settling)
-        self._controller_reference = None
-        self._has_run = False
-        self._new_epoch()
+        Nothing is sent then: the robot may stand elsewhere on the new time line.
+        """
+        if self.timeline.advance(now_ns):
+            self.inputs.clear()
+            if self._in_flight is not None:
+                self._in_flight.started_ns = now_ns
+            self._controller_reference = None
+            self._has_run = False
+            self._new_epoch()
+        return self.timeline.now_ns
 
     def _new_epoch(self) -> None:
         """Results of requests made before now will be dropped."""
         self._epoch += 1
         self._replan_wanted = False
+        self.timeline.forget_chunks()
 
     def _update_state(self, now_ns: int) -> None:
         problems = self.inputs.problems(now_ns)
@@ -481,7 +461,7 @@ class PolicyRuntime:
             return (State.WAITING, '; '.join(problems)) if problems else (State.READY, 'inputs complete, not active')
         if problems:
             return (State.HOLDING if self._has_run else State.WAITING), '; '.join(problems)
-        if self._timeline.now_ns < self._timeline.settled_ns:
+        if not self.timeline.settled:
             return State.WAITING, 'the clock jumped: waiting until the last trajectory has come to rest'
         if self._plan_problem:
             return State.HOLDING, self._plan_problem

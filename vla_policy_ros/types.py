@@ -82,6 +82,22 @@ class ActionChunk:
 
 
 @dataclass(frozen=True)
+class KnownActions:
+    """What is decided already about a chunk that is asked for: the answer should continue it (real-time chunking).
+
+    Attributes:
+        actions: float64 ``[T, A]`` in robot units: row i is commanded for the time of action i of the chunk asked for. Rows from
+            ``overlap`` on carry no information.
+        committed: rows that will have been executed when the answer takes over; at most ``overlap``.
+        overlap: rows that the previous chunk still speaks about; less than T.
+    """
+
+    actions: NDArray[np.float64]
+    committed: int
+    overlap: int
+
+
+@dataclass(frozen=True)
 class JointTrajectory:
     """Knots of a piecewise cubic (Hermite) joint motion, as a joint_trajectory_controller executes positions with velocities.
 

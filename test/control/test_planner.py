@@ -86,7 +86,7 @@ def test_any_chunk_within_the_bands_becomes_a_sendable_continuation(
     if not commanded.at_rest(now):
         stop = planner.brake(now, commanded)
         assert stop is not None
-        check_sendable(tools, stop, limits, shape, now)
+        check_sendable(tools, planned(stop), limits, shape, now)
 
 
 @pytest.mark.parametrize('mode', MODES)
@@ -262,8 +262,8 @@ def test_brake_from_full_speed_is_the_shortest_stop(tools: Any, mode: str) -> No
     speed = commanded.sample(now + shape.lead_ns)[1].max()
     stop = planner.brake(now, commanded)
     assert stop is not None and speed > 0.6
-    check_sendable(tools, stop, limits, shape, now)
-    commanded.accept(stop)
+    check_sendable(tools, planned(stop), limits, shape, now)
+    commanded.accept(planned(stop))
     needed = speed / 5.0
     slack = 3 * shape.knot_spacing_ns * 1e-9
     assert not commanded.at_rest(now + shape.lead_ns + int((needed - 0.02) * 1e9))
@@ -279,7 +279,7 @@ def test_brake_near_a_position_limit_stays_inside(tools: Any) -> None:
     for now_ms in range(0, 1500, 37):
         stop = planner.brake(T0 + now_ms * MS, commanded)
         if stop is not None:
-            check_sendable(tools, stop, limits, planner.emission, T0 + now_ms * MS)
+            check_sendable(tools, planned(stop), limits, planner.emission, T0 + now_ms * MS)
 
 
 def test_brake_at_rest_is_nothing(tools: Any) -> None:
@@ -304,7 +304,7 @@ def test_the_last_gate_stops_a_trajectory_that_breaks_a_limit(tools: Any, monkey
     monkeypatch.setattr(planner_module.Follower, '_advance', advance)
     gated = planner.plan(steps, T0, commanded)
     assert gated.trajectory is None and gated.rejection is Rejection.LIMIT_EXCEEDED
-    assert "acceleration of joint 'joint0' reaches" in gated.reason and 'limit 5' in gated.reason
+    assert "of joint 'joint0' reaches" in gated.reason and ', limit ' in gated.reason
     commanded.accept(planned(plan))
     monkeypatch.setattr(planner_module.Follower, 'brake', lambda follower: follower._advance(np.zeros(3)))
     with pytest.raises(LimitExceeded, match="brake not sent: speed of joint 'joint0' reaches"):

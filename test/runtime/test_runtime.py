@@ -93,7 +93,7 @@ class Bench:
         planner = TrajectoryPlanner(JointLimits.from_robot(ROBOT), Emission.for_controller(100.0, self.stamp))
         settings = Settings(replan_rate=5.0, dry_run=dry_run, max_inference_time=0.5)
         self.runtime = PolicyRuntime(
-            ROBOT, lambda o: self.answer(o), planner, self.executor, self.recorder, lambda: None, settings
+            ROBOT, lambda o, _: self.answer(o), planner, self.executor, self.recorder, lambda: None, settings
         )
         self.started = 0
         self.camera_on = True

@@ -1,7 +1,8 @@
 """Exact extrema of the curve that a controller interpolates, compared with the limits.
 
 Between two knots with positions and velocities the controller executes a cubic. Its position peaks where the velocity is zero,
-its velocity where the acceleration is zero, its acceleration at an end; all three are closed forms, so nothing is sampled.
+its velocity where the acceleration is zero, its acceleration at an end, and its jerk is constant; all are closed forms, so nothing
+is sampled.
 """
 
 from __future__ import annotations
@@ -26,19 +27,21 @@ class Extrema:
         lowest, highest: position.
         speed: largest ``|velocity|``.
         acceleration: largest ``|acceleration|``.
+        jerk: largest ``|jerk|`` inside the segments; between two segments the acceleration may step.
     """
 
     lowest: Array
     highest: Array
     speed: Array
     acceleration: Array
+    jerk: Array
 
 
 def extrema(trajectory: JointTrajectory) -> Extrema:
     """Exact extrema of the cubic interpolant of ``trajectory``; one knot alone is a standing point."""
     q, v = trajectory.positions, trajectory.velocities
     if len(q) < 2:
-        return Extrema(q[0], q[0], np.abs(v[0]), np.zeros_like(v[0]))
+        return Extrema(q[0], q[0], np.abs(v[0]), np.zeros_like(v[0]), np.zeros_like(v[0]))
     seconds = (trajectory.times_ns - trajectory.times_ns[0]) * 1e-9
     duration = np.diff(seconds)[:, None]
     c2, c3 = coefficients(q[:-1], v[:-1], q[1:], v[1:], duration)
@@ -57,7 +60,7 @@ def extrema(trajectory: JointTrajectory) -> Extrema:
     t = np.where((vertex > 0.0) & (vertex < duration), vertex, 0.0)
     speed = np.maximum(np.abs(v).max(axis=0), np.abs(evaluate(q[:-1], v[:-1], c2, c3, t)[1]).max(axis=0))
     ends = np.maximum(np.abs(2.0 * c2), np.abs(2.0 * c2 + 6.0 * c3 * duration))
-    return Extrema(lowest, highest, speed, ends.max(axis=0))
+    return Extrema(lowest, highest, speed, ends.max(axis=0), np.abs(6.0 * c3).max(axis=0))
 
 
 def violation(trajectory: JointTrajectory, limits: JointLimits, tolerance: float = 1e-6) -> str | None:
@@ -66,12 +69,14 @@ def violation(trajectory: JointTrajectory, limits: JointLimits, tolerance: float
     ``tolerance`` is relative to ``max(1, limit)`` and covers rounding only.
     """
     found = extrema(trajectory)
-    checks = (
+    checks = [
         ('position', limits.lower - found.lowest, found.lowest, limits.lower),
         ('position', found.highest - limits.upper, found.highest, limits.upper),
         ('speed', found.speed - limits.velocity, found.speed, limits.velocity),
         ('acceleration', found.acceleration - limits.acceleration, found.acceleration, limits.acceleration),
-    )
+    ]
+    if limits.jerk is not None:
+        checks.append(('jerk', found.jerk - limits.jerk, found.jerk, limits.jerk))
     for quantity, excess, value, limit in checks:
         # Written so that NaN counts as a violation.
         bad = ~(excess <= tolerance * np.maximum(1.0, np.abs(limit)))

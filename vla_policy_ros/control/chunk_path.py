@@ -1,6 +1,14 @@
-"""The smooth path that an action chunk asks for: a cubic through its targets, in absolute time."""
+"""The smooth path that action chunks ask for: a cubic through their targets in absolute time, and how it joins a motion.
+
+A new chunk seldom begins exactly where the arm is commanded to be: it was computed from an older, measured state. `JoinedPath`
+lets the difference fade out instead of jumping it: a quintic that has the difference of position, velocity and acceleration at
+the seam, and none of any after the fade, is added to the path.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +16,16 @@ from numpy.typing import NDArray
 from vla_policy_ros.control.hermite import coefficients, evaluate
 
 Array = NDArray[np.float64]
+
+
+class Path(Protocol):
+    """What the planner follows."""
+
+    start_ns: int
+    end_ns: int
+
+    def sample(self, times_ns: NDArray[np.int64]) -> tuple[Array, Array]:
+        """Positions and velocities ``[N, J]`` at ``times_ns`` ``[N]``; outside the path its ends, standing still."""
 
 
 class ChunkPath:
@@ -41,7 +59,7 @@ class ChunkPath:
         if len(self._waypoints) == 1:
             return np.repeat(self._waypoints, len(times_ns), axis=0), np.zeros((len(times_ns), self._waypoints.shape[1]))
         t = (times_ns - self._origin_ns) * 1e-9
-        outside = (t < self._seconds[0]) | (t > self._seconds[-1])
+        outside = (times_ns < self.start_ns) | (times_ns > self.end_ns)
         t = np.clip(t, self._seconds[0], self._seconds[-1])
         index = np.clip(np.searchsorted(self._seconds, t, side='right') - 1, 0, len(self._seconds) - 2)
         duration = (self._seconds[index + 1] - self._seconds[index])[:, None]
@@ -51,6 +69,101 @@ class ChunkPath:
         position, velocity = evaluate(q0, v0, c2, c3, s)
         velocity[outside] = 0.0
         return position, velocity
+
+
+class EnsemblePath:
+    """Weighted mean of the paths of several chunks that speak about the same time (temporal ensembling, Zhao et al., ACT).
+
+    The newest chunk has weight 1, one that is k chunks older ``decay ** k``. An older chunk's weight falls to zero over its last
+    ``taper_ns``, so that the mean does not jump where it ends.
+
+    Args:
+        paths: newest first, at least one.
+        decay: in (0, 1].
+        taper_ns: positive.
+    """
+
+    def __init__(self, paths: Sequence[Path], decay: float, taper_ns: int) -> None:
+        if not paths or not 0.0 < decay <= 1.0 or taper_ns <= 0:
+            raise ValueError(f'an ensemble needs paths, a decay in (0, 1] and a taper; got {len(paths)}, {decay}, {taper_ns} ns')
+        self.start_ns, self.end_ns = paths[0].start_ns, paths[0].end_ns
+        self._paths, self._decay, self._taper_s = paths, decay, taper_ns * 1e-9
+
+    def sample(self, times_ns: NDArray[np.int64]) -> tuple[Array, Array]:
+        """As `Path.sample`; velocities include the change of the weights."""
+        position, velocity = self._paths[0].sample(times_ns)
+        total, slope = np.ones((len(times_ns), 1)), np.zeros((len(times_ns), 1))
+        summed, moved = position.copy(), velocity.copy()
+        for age, path in enumerate(self._paths[1:], start=1):
+            left = (path.end_ns - times_ns)[:, None] * 1e-9 / self._taper_s
+            weight = self._decay**age * np.clip(left, 0.0, 1.0)
+            falling = np.where((left > 0.0) & (left < 1.0), -(self._decay**age) / self._taper_s, 0.0)
+            q, v = path.sample(times_ns)
+            summed += weight * q
+            moved += weight * v + falling * q
+            total += weight
+            slope += falling
+        mean = summed / total
+        return mean, (moved - mean * slope) / total
+
+
+class EarlierPath:
+    """A path run through ``by_ns`` earlier."""
+
+    def __init__(self, path: Path, by_ns: int) -> None:
+        self.start_ns, self.end_ns = path.start_ns - by_ns, path.end_ns - by_ns
+        self._path, self._by_ns = path, by_ns
+
+    def sample(self, times_ns: NDArray[np.int64]) -> tuple[Array, Array]:
+        """As `Path.sample`."""
+        return self._path.sample(times_ns + self._by_ns)
+
+
+class JoinedPath:
+    """A path to which a motion's state at the seam is joined: the difference fades out within a given time.
+
+    Args:
+        path: what to follow after the fade.
+        seam_ns: where the motion is left.
+        position, velocity, acceleration: float64 ``[J]``, the motion at the seam.
+        fade_ns: positive.
+    """
+
+    def __init__(self, path: Path, seam_ns: int, position: Array, velocity: Array, acceleration: Array, fade_ns: int) -> None:
+        self.start_ns, self.end_ns = seam_ns, path.end_ns
+        self._path = path
+        self._fade_s = fade_ns * 1e-9
+        near = np.array([seam_ns, seam_ns + _DIFFERENCE_NS], dtype=np.int64)
+        q, v = path.sample(near)
+        self._quintic = _fading_quintic(
+            position - q[0], velocity - v[0], acceleration - (v[1] - v[0]) / (_DIFFERENCE_NS * 1e-9), self._fade_s
+        )
+
+    def sample(self, times_ns: NDArray[np.int64]) -> tuple[Array, Array]:
+        """As `Path.sample`, from the seam on."""
+        q, v = self._path.sample(times_ns)
+        t = np.clip((times_ns - self.start_ns) * 1e-9, 0.0, self._fade_s)[:, None]
+        offset, change = np.zeros_like(q), np.zeros_like(v)
+        for coefficient in self._quintic[::-1]:
+            change = change * t + offset
+            offset = offset * t + coefficient
+        return q + offset, v + np.where(t < self._fade_s, change, 0.0)
+
+
+_DIFFERENCE_NS = 1_000_000
+
+
+def _fading_quintic(q: Array, v: Array, a: Array, duration: float) -> list[Array]:
+    """Coefficients of the quintic that is at ``q, v, a`` at 0 and at zero, with zero derivatives, after ``duration`` seconds."""
+    T = duration
+    return [
+        q,
+        v,
+        a / 2.0,
+        (-20.0 * q - 12.0 * v * T - 3.0 * a * T**2) / (2.0 * T**3),
+        (30.0 * q + 16.0 * v * T + 3.0 * a * T**2) / (2.0 * T**4),
+        (-12.0 * q - 6.0 * v * T - a * T**2) / (2.0 * T**5),
+    ]
 
 
 def _slopes(waypoints: Array, dt: float) -> Array:

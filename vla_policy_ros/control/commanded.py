@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from vla_policy_ros.control.hermite import coefficients, evaluate
+from vla_policy_ros.control.hermite import acceleration, coefficients, evaluate
 from vla_policy_ros.types import NS_PER_S, JointTrajectory
 
 Array = NDArray[np.float64]
@@ -18,6 +18,9 @@ class CommandedMotion:
     Mirrors the controller: an accepted trajectory replaces the old one from its first knot on; until then the old motion
     continues (or, where it has ended, a cubic leads from where it rests to the first knot). Before the first knot and after the
     last one the motion stands still. Owned by one thread. When the clock jumps back, replace the object by `from_rest`.
+
+    Where a jerk limit smooths what is sent, ``raw`` is the motion before smoothing, from which the next one continues; else it is
+    this motion itself.
     """
 
     def __init__(self, names: tuple[str, ...], times_ns: NDArray[np.int64], positions: Array, velocities: Array) -> None:
@@ -25,6 +28,7 @@ class CommandedMotion:
         self._times = times_ns
         self._positions = positions
         self._velocities = velocities
+        self._raw: CommandedMotion | None = None
 
     @classmethod
     def from_rest(cls, names: tuple[str, ...], positions: Array, t_ns: int) -> CommandedMotion:
@@ -42,6 +46,11 @@ class CommandedMotion:
         return cls(names, np.array([t_ns], dtype=np.int64), q[None], np.zeros_like(q)[None])
 
     @property
+    def raw(self) -> CommandedMotion:
+        """The motion before smoothing."""
+        return self._raw or self
+
+    @property
     def since_ns(self) -> int:
         """The oldest moment that is still remembered."""
         return int(self._times[0])
@@ -53,29 +62,38 @@ class CommandedMotion:
 
     def sample(self, t_ns: int) -> tuple[Array, Array]:
         """Position and velocity ``[J]`` commanded at ``t_ns``."""
-        if t_ns <= self._times[0]:
-            return self._positions[0].copy(), np.zeros_like(self._positions[0])
-        if t_ns >= self._times[-1]:
-            return self._positions[-1].copy(), np.zeros_like(self._positions[-1])
+        position, velocity, _ = self.state(t_ns)
+        return position, velocity
+
+    def state(self, t_ns: int) -> tuple[Array, Array, Array]:
+        """Position, velocity and acceleration ``[J]`` commanded at ``t_ns``; at a knot the acceleration of what follows."""
+        if t_ns < self._times[0] or t_ns >= self._times[-1]:
+            position = self._positions[0 if t_ns < self._times[0] else -1].copy()
+            return position, np.zeros_like(position), np.zeros_like(position)
         index = int(np.searchsorted(self._times, t_ns, side='right')) - 1
         q0, q1 = self._positions[index], self._positions[index + 1]
         v0, v1 = self._velocities[index], self._velocities[index + 1]
         duration = float(self._times[index + 1] - self._times[index]) * 1e-9
         t = float(t_ns - self._times[index]) * 1e-9
-        return evaluate(q0, v0, *coefficients(q0, v0, q1, v1, duration), t)
+        c2, c3 = coefficients(q0, v0, q1, v1, duration)
+        return *evaluate(q0, v0, c2, c3, t), acceleration(c2, c3, t)
 
     def knots_between(self, after_ns: int, before_ns: int) -> NDArray[np.int64]:
         """Times of the knots strictly between two moments."""
         return self._times[(self._times > after_ns) & (self._times < before_ns)]
 
-    def accept(self, trajectory: JointTrajectory) -> None:
-        """``trajectory`` has been sent: it replaces the motion from its first knot on.
+    def accept(self, trajectory: JointTrajectory, raw: JointTrajectory | None = None) -> None:
+        """``trajectory`` has been sent: it replaces the motion from its first knot on; ``raw`` is what it was smoothed from.
 
         Raises:
             ValueError: its joints are not the joints of this motion, in this order.
         """
         if tuple(trajectory.joint_names) != self.names:
             raise ValueError(f'trajectory has joints {list(trajectory.joint_names)}, commanded are {list(self.names)}')
+        if raw is not None:
+            if self._raw is None:
+                self._raw = CommandedMotion(self.names, self._times, self._positions, self._velocities)
+            self._raw.accept(raw)
         first_ns = trajectory.start_ns + int(trajectory.times_ns[0])
         kept = (self._times < first_ns) & (self._times >= self._last_needed_ns(trajectory.start_ns - HISTORY_NS))
         times, positions, velocities = self._times[kept], self._positions[kept], self._velocities[kept]

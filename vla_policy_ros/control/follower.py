@@ -78,6 +78,11 @@ class Follower:
         """All knots so far, the start included."""
         return Knots(np.array(self._positions), np.array(self._velocities))
 
+    def adopt(self, positions: Array, velocities: Array) -> None:
+        """Take ``positions``, ``velocities`` ``[N+1, J]`` as they are; row 0 is the current knot. The caller checks the limits."""
+        self._positions += list(positions[1:])
+        self._velocities += list(velocities[1:])
+
     def follow(self, positions: Array, velocities: Array) -> None:
         """Track the desired ``positions``, ``velocities`` ``[N+1, J]``; row 0 belongs to the current knot."""
         rate, approach = self._rate, self._approach

@@ -17,3 +17,8 @@ def coefficients(q0: Array, v0: Array, q1: Array, v1: Array, duration: Array | f
 def evaluate(q0: Array, v0: Array, c2: Array, c3: Array, t: Array | float) -> tuple[Array, Array]:
     """Position and velocity ``t`` seconds after the first knot."""
     return q0 + t * (v0 + t * (c2 + t * c3)), v0 + t * (2.0 * c2 + 3.0 * t * c3)
+
+
+def acceleration(c2: Array, c3: Array, t: Array | float) -> Array:
+    """Acceleration ``t`` seconds after the first knot."""
+    return 2.0 * c2 + 6.0 * t * c3

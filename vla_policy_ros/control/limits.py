@@ -21,6 +21,7 @@ class JointLimits:
         lower, upper: float64 ``[J]``, rad (or the joint's own unit).
         velocity: float64 ``[J]``, largest ``|velocity|`` per second.
         acceleration: float64 ``[J]``, largest ``|acceleration|`` per second squared.
+        jerk: float64 ``[J]``, largest ``|jerk|`` per second cubed, infinite where it is not limited; None limits none.
 
     Raises:
         ValueError: shapes differ, a name repeats, a bound is not finite, not positive or not ordered.
@@ -31,6 +32,7 @@ class JointLimits:
     upper: Array
     velocity: Array
     acceleration: Array
+    jerk: Array | None = None
 
     def __post_init__(self) -> None:
         if not self.names or len(set(self.names)) != len(self.names):
@@ -43,6 +45,12 @@ class JointLimits:
                 raise ValueError(f'{field} limit of joint {self.names[int(np.argmin(np.isfinite(values)))]!r} is not finite')
             values.setflags(write=False)
             object.__setattr__(self, field, values)
+        if self.jerk is not None:
+            jerk = np.array(self.jerk, dtype=np.float64)
+            if jerk.shape != (len(self.names),) or not np.all(jerk > 0.0):
+                raise ValueError(f'jerk limits are {jerk.tolist()} for {len(self.names)} joints; they must be positive')
+            jerk.setflags(write=False)
+            object.__setattr__(self, 'jerk', jerk if np.any(np.isfinite(jerk)) else None)
         for name, low, high, speed, acceleration in zip(
             self.names, self.lower, self.upper, self.velocity, self.acceleration, strict=True
         ):
@@ -62,4 +70,5 @@ class JointLimits:
             np.array([limit.position[1] for limit in limits]),
             np.array([limit.velocity for limit in limits]),
             np.array([limit.acceleration for limit in limits]),
+            np.array([np.inf if limit.jerk is None else limit.jerk for limit in limits]),
         )

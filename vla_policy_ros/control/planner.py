@@ -1,8 +1,9 @@
 """One action chunk becomes one trajectory that continues the commanded motion, keeps every limit and ends at rest.
 
 The knots lie on a grid that is fixed to the clock, so the grids of two plans coincide and a new trajectory starts exactly on a
-knot of the motion it continues (the seam). From there the chunk's path is followed within the limits; after the chunk's last
-action all joints come to rest together. Losing the sender therefore always ends in a smooth stop.
+knot of the motion it continues (the seam). From there the difference between motion and chunk fades out, and the chunk's path is
+taken as it is where it keeps the limits, and followed within the limits where it does not; after the chunk's last action all joints
+come to rest together. Losing the sender therefore always ends in a smooth stop.
 
 How the message is timed is the `Emission`:
 
@@ -19,7 +20,8 @@ How the message is timed is the `Emission`:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal
 
@@ -27,10 +29,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla_policy_ros.control.check import violation
-from vla_policy_ros.control.chunk_path import ChunkPath
+from vla_policy_ros.control.chunk_path import ChunkPath, EarlierPath, EnsemblePath, JoinedPath, Path
 from vla_policy_ros.control.commanded import CommandedMotion
-from vla_policy_ros.control.follower import Follower
+from vla_policy_ros.control.follower import Follower, Knots
 from vla_policy_ros.control.limits import JointLimits
+from vla_policy_ros.control.smoothing import Smoother
 from vla_policy_ros.types import NS_PER_S, ActionChunk, JointTrajectory
 
 Array = NDArray[np.float64]
@@ -72,6 +75,8 @@ class Emission:
         position_margin: part of a joint's range by which an action may lie outside its limits and still be clamped; beyond it
             the chunk is rejected.
         reach_s: a chunk that starts further away than this many seconds of full speed is rejected.
+        fade_s: how long the difference between the commanded motion and a new chunk takes to fade out.
+        ensemble_decay: weight of a chunk relative to the next newer one, where several are averaged.
 
     Raises:
         ValueError: a value is out of its range.
@@ -86,6 +91,8 @@ class Emission:
     tracking_rate: float = 8.0
     position_margin: float = 0.05
     reach_s: float = 1.0
+    fade_s: float = 0.3
+    ensemble_decay: float = 0.6
 
     def __post_init__(self) -> None:
         if self.stamp not in ('zero', 'start'):
@@ -102,8 +109,10 @@ class Emission:
         # Beyond 0.34 per knot the correction overshoots from one knot to the next.
         if not 0.0 < self.tracking_rate * self.knot_spacing_ns / NS_PER_S <= 0.34:
             raise ValueError(f'tracking_rate must be in (0, {0.34 * NS_PER_S / self.knot_spacing_ns:.3g}] at this knot spacing')
-        if not (self.position_margin >= 0.0 and self.reach_s > 0.0):
-            raise ValueError('position_margin must not be negative and reach_s must be positive')
+        if not (self.position_margin >= 0.0 and self.reach_s > 0.0 and self.fade_s > 0.0):
+            raise ValueError('position_margin must not be negative, reach_s and fade_s must be positive')
+        if not 0.0 < self.ensemble_decay <= 1.0:
+            raise ValueError(f'ensemble_decay must be in (0, 1], got {self.ensemble_decay}')
 
     @classmethod
     def for_controller(
@@ -125,7 +134,7 @@ class Emission:
 
 @dataclass(frozen=True)
 class Plan:
-    """What became of a chunk.
+    """What became of a chunk, or of the wish to stop.
 
     Attributes:
         trajectory: what to publish, or None when rejected.
@@ -135,6 +144,9 @@ class Plan:
         clamped_joints: joints of which an action was cut to the position limits, or asks for more than the usable speed.
         seam_jump: largest distance, over the joints, between the chunk's own path and the commanded motion where the chunk
             takes over (rad, or the joint's unit).
+        seam_ns: when the new motion takes over; 0 without a trajectory.
+        bent: whether the limits bend the chunk's path; False where it is executed as it is.
+        raw: the trajectory before the smoothing of a jerk limit; None where none is smoothed. `CommandedMotion.accept` wants it.
     """
 
     trajectory: JointTrajectory | None
@@ -143,6 +155,9 @@ class Plan:
     points_expired: int = 0
     clamped_joints: tuple[str, ...] = ()
     seam_jump: float = 0.0
+    seam_ns: int = 0
+    bent: bool = False
+    raw: JointTrajectory | None = None
 
 
 class TrajectoryPlanner:
@@ -153,9 +168,14 @@ class TrajectoryPlanner:
         self.emission = emission
         self._speed = limits.velocity * emission.velocity_fraction
         self._margin = (limits.upper - limits.lower) * emission.position_margin
+        self._smoother = Smoother.for_limits(limits, emission.knot_spacing_ns * 1e-9)
 
-    def plan(self, chunk: ActionChunk, now_ns: int, commanded: CommandedMotion) -> Plan:
+    def plan(
+        self, chunk: ActionChunk, now_ns: int, commanded: CommandedMotion, older: Sequence[ActionChunk] = ()
+    ) -> Plan:
         """The trajectory that follows ``chunk`` from the commanded motion on, to be published at ``now_ns``.
+
+        ``older`` chunks, newest first, are averaged with it where they speak about the same time (temporal ensembling).
 
         Raises:
             ValueError: the chunk's shape, period or joint names do not fit the limits, or ``commanded`` has other joints; these
@@ -189,36 +209,40 @@ class TrajectoryPlanner:
 
         waypoints = np.clip(actions, self.limits.lower, self.limits.upper)
         path = ChunkPath(chunk.stamp_ns, chunk.dt_ns, waypoints)
-        seam_jump, problem = self._seam(path, seam_ns, commanded)
+        seam_jump, problem = self._seam(path, seam_ns, commanded.raw)
         if problem:
             return _reject(Rejection.TOO_FAR, problem, expired, seam_jump)
 
-        follower = self._follower(seam_ns, commanded)
-        trajectory = self._follow(follower, path, seam_ns, now_ns, commanded)
-        exceeded = self._exceeds(trajectory, follower, seam_ns)
+        wanted = self._with_older(path, older, seam_ns)
+        for bent in (False, True):
+            follower = self._along(wanted, seam_ns, commanded.raw, bent)
+            trajectory, raw = self._assemble(follower.knots, seam_ns, now_ns, commanded)
+            exceeded = self._exceeds(trajectory, follower, seam_ns, self.limits.velocity if bent else self._speed)
+            if not exceeded:
+                break
         if exceeded:
             return _reject(Rejection.LIMIT_EXCEEDED, exceeded, expired, seam_jump)
         clamped = self._clamped(actions, waypoints, expired, chunk.dt_ns)
-        return Plan(trajectory, points_expired=expired, clamped_joints=clamped, seam_jump=seam_jump)
+        return Plan(trajectory, None, '', expired, clamped, seam_jump, seam_ns, bent, raw)
 
-    def brake(self, now_ns: int, commanded: CommandedMotion) -> JointTrajectory | None:
-        """The shortest stop from the commanded motion that keeps the limits, or None if it is at rest already.
+    def brake(self, now_ns: int, commanded: CommandedMotion) -> Plan | None:
+        """The shortest stop from the commanded motion that keeps the limits, or None if it comes to rest by itself at once.
 
         Raises:
             ValueError: ``commanded`` has other joints.
             LimitExceeded: the stop would exceed a limit; the running trajectory comes to rest by itself.
         """
         self._check_commanded(commanded)
-        if commanded.at_rest(now_ns):
+        if commanded.raw.at_rest(now_ns):
             return None
         seam_ns = self._seam_ns(now_ns)
-        follower = self._follower(seam_ns, commanded)
+        follower = self._follower(seam_ns, commanded.raw)
         follower.brake()
-        trajectory = self._assemble(follower, seam_ns, now_ns, commanded)
-        problem = self._exceeds(trajectory, follower, seam_ns)
+        trajectory, raw = self._assemble(follower.knots, seam_ns, now_ns, commanded)
+        problem = self._exceeds(trajectory, follower, seam_ns, self.limits.velocity)
         if problem:
             raise LimitExceeded(f'brake not sent: {problem}')
-        return trajectory
+        return Plan(trajectory, seam_ns=seam_ns, raw=raw)
 
     # Steps of plan, in order.
 
@@ -276,45 +300,80 @@ class TrajectoryPlanner:
             )
         return float(distance.max()), problem
 
-    def _follower(self, seam_ns: int, commanded: CommandedMotion) -> Follower:
+    def _follower(self, seam_ns: int, motion: CommandedMotion) -> Follower:
         step = self.emission.knot_spacing_ns * 1e-9
-        return Follower(self.limits, self._speed, step, self.emission.tracking_rate, *commanded.sample(seam_ns))
+        return Follower(self.limits, self._speed, step, self.emission.tracking_rate, *motion.sample(seam_ns))
 
-    def _follow(
-        self, follower: Follower, path: ChunkPath, seam_ns: int, now_ns: int, commanded: CommandedMotion
-    ) -> JointTrajectory:
-        spacing = self.emission.knot_spacing_ns
-        steps = (path.end_ns - seam_ns) // spacing
-        follower.follow(*path.sample(seam_ns + spacing * np.arange(steps + 1, dtype=np.int64)))
+    def _with_older(self, path: ChunkPath, older: Sequence[ActionChunk], seam_ns: int) -> Path:
+        """The mean of the chunk's path and those of older chunks that still speak about the time after the seam."""
+        live = [chunk for chunk in older if chunk.stamp_ns + (len(chunk.actions) - 1) * chunk.dt_ns > seam_ns]
+        if not live or path.start_ns > seam_ns:
+            return path
+        clipped = [np.clip(self._actions(chunk), self.limits.lower, self.limits.upper) for chunk in live]
+        paths = [ChunkPath(chunk.stamp_ns, chunk.dt_ns, rows) for chunk, rows in zip(live, clipped, strict=True)]
+        return EnsemblePath([path, *paths], self.emission.ensemble_decay, 2 * live[0].dt_ns)
+
+    def _along(self, path: Path, seam_ns: int, motion: CommandedMotion, bent: bool) -> Follower:
+        """From the motion's state at the seam along the path to rest: on it exactly, or ``bent`` by the limits."""
+        spacing, ahead_ns = self.emission.knot_spacing_ns, self._smoother.width_ns // 2
+        if ahead_ns:
+            path = EarlierPath(path, ahead_ns)  # what is sent lags by half of the smoothing
+        left_ns = max(path.end_ns - seam_ns, 0)
+        if left_ns > 0:
+            fade_ns = min(round(self.emission.fade_s * NS_PER_S), left_ns)
+            path = JoinedPath(path, seam_ns, *motion.state(seam_ns), fade_ns)
+        positions, velocities = path.sample(seam_ns + spacing * np.arange(left_ns // spacing + 1, dtype=np.int64))
+        follower = self._follower(seam_ns, motion)
+        if bent:
+            follower.follow(positions, velocities)
+        else:
+            follower.adopt(positions, velocities)
         follower.rest_together()
-        return self._assemble(follower, seam_ns, now_ns, commanded)
+        return follower
 
-    def _assemble(self, follower: Follower, seam_ns: int, now_ns: int, commanded: CommandedMotion) -> JointTrajectory:
-        """The message's knots: the follower's, and for ``stamp='start'`` the commanded motion before the seam."""
-        knots = follower.knots
-        spacing = self.emission.knot_spacing_ns
-        times = seam_ns + spacing * np.arange(len(knots.positions), dtype=np.int64)
-        if self.emission.stamp == 'zero':
-            return JointTrajectory(now_ns, self.limits.names, times - now_ns, knots.positions, knots.velocities)
-        if commanded.at_rest(now_ns):
-            # Without knots before the seam the controller bridges from its own state, which may sag from the commanded one.
-            return JointTrajectory(now_ns, self.limits.names, times - now_ns, knots.positions, knots.velocities)
+    def _assemble(
+        self, knots: Knots, seam_ns: int, now_ns: int, commanded: CommandedMotion
+    ) -> tuple[JointTrajectory, JointTrajectory | None]:
+        """The message's knots, smoothed where there is a jerk limit (then with what they were smoothed from), and for
+        ``stamp='start'`` after the commanded motion before the seam."""
+        names, spacing = self.limits.names, self.emission.knot_spacing_ns
+        positions, velocities, raw = knots.positions, knots.velocities, None
+        if self._smoother.steps:
+            positions, velocities, raw = self._smoothed(knots, seam_ns, commanded.raw)
+        times = seam_ns + spacing * np.arange(len(positions), dtype=np.int64)
+        if self.emission.stamp == 'zero' or commanded.at_rest(now_ns):
+            # From rest without knots before the seam: the controller bridges from its own state, which may sag from the commanded.
+            return JointTrajectory(now_ns, names, times - now_ns, positions, velocities), raw
         start_ns = now_ns // spacing * spacing
         before = [start_ns, *(int(time) for time in commanded.knots_between(start_ns, seam_ns))]
         states = [commanded.sample(time) for time in before]
-        return JointTrajectory(
+        trajectory = JointTrajectory(
             start_ns,
-            self.limits.names,
+            names,
             np.concatenate([np.array(before, dtype=np.int64), times]) - start_ns,
-            np.vstack([*(position for position, _ in states), knots.positions]),
-            np.vstack([*(velocity for _, velocity in states), knots.velocities]),
+            np.vstack([*(position for position, _ in states), positions]),
+            np.vstack([*(velocity for _, velocity in states), velocities]),
         )
+        return trajectory, raw
 
-    def _exceeds(self, trajectory: JointTrajectory, follower: Follower, seam_ns: int) -> str | None:
+    def _smoothed(self, knots: Knots, seam_ns: int, motion: CommandedMotion) -> tuple[Array, Array, JointTrajectory]:
+        """Positions and velocities from the seam on, averaged with the motion before it, until the average rests too."""
+        steps, spacing = self._smoother.steps, self.emission.knot_spacing_ns
+        before = [motion.sample(seam_ns - index * spacing) for index in range(steps, 0, -1)]
+        rest = np.repeat(knots.positions[-1:], steps, axis=0)
+        positions, velocities = self._smoother(
+            np.vstack([*(position for position, _ in before), knots.positions, rest]),
+            np.vstack([*(velocity for _, velocity in before), knots.velocities, np.zeros_like(rest)]),
+        )
+        positions[-2:], velocities[-2:] = knots.positions[-1], 0.0
+        times = spacing * np.arange(len(knots.positions), dtype=np.int64)
+        return positions, velocities, JointTrajectory(seam_ns, self.limits.names, times, knots.positions, knots.velocities)
+
+    def _exceeds(self, trajectory: JointTrajectory, follower: Follower, seam_ns: int, speed: Array) -> str | None:
         """The limit that the part after the seam exceeds, or None. What was commanded before is given, and its speed is."""
         first = int(np.searchsorted(trajectory.times_ns, seam_ns - trajectory.start_ns))
-        speed = np.maximum(self.limits.velocity, np.abs(trajectory.velocities[first]))
-        reachable = JointLimits(self.limits.names, follower.lower, follower.upper, speed, self.limits.acceleration)
+        usable = np.maximum(speed, np.abs(trajectory.velocities[first]))
+        reachable = replace(self.limits, lower=follower.lower, upper=follower.upper, velocity=usable)
         new = JointTrajectory(
             trajectory.start_ns,
             trajectory.joint_names,

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from vla_policy_ros.model.real_time_chunking import RealTimeGuidance
 from vla_policy_ros.model.solvers import evaluation_times
 from vla_policy_ros.policy.checkpoint import Checkpoint, load_checkpoint
 from vla_policy_ros.robot import Robot
-from vla_policy_ros.types import ActionChunk, CameraView, Observation
+from vla_policy_ros.types import ActionChunk, CameraView, KnownActions, Observation
 
 WARM_UP_RUNS = 2
 DEFAULT_IMAGE_SIZE = (640, 480)
@@ -44,6 +45,7 @@ class Policy:
         num_steps: int | None,
         solver: str | None,
         seed: int | None,
+        chunking: str,
     ) -> None:
         self.robot = robot
         self._model = checkpoint.model
@@ -53,6 +55,13 @@ class Policy:
         self._num_steps = expert.num_inference_steps if num_steps is None else num_steps
         self._solver = expert.solver if solver is None else solver
         evaluation_times(self._solver, self._num_steps)  # refuses what cannot be integrated, now rather than while moving
+        if chunking == 'rtc_trained' and expert.rtc_max_delay == 0:
+            raise ValueError(
+                'chunking rtc_trained needs a checkpoint that was trained for it (expert_config.rtc_max_delay is 0): '
+                'use rtc_guided, which works with any'
+            )
+        self._chunking = chunking
+        self._longest_prefix = expert.rtc_max_delay
         self._noise_shape = (1, expert.action_horizon, expert.action_dim)
         self._seed = seed
         self._generator = torch.Generator()
@@ -84,6 +93,7 @@ class Policy:
         num_steps: int | None = None,
         solver: str | None = None,
         seed: int | None = None,
+        chunking: str = 'replace',
     ) -> Policy:
         """Open a checkpoint folder for a robot.
 
@@ -95,16 +105,22 @@ class Policy:
             num_steps: integration steps per chunk; None is the checkpoint's own number.
             solver: ``euler``, ``ab2`` or ``midpoint``; None is the checkpoint's own.
             seed: makes chunks reproducible; None draws fresh noise.
+            chunking: ``rtc_guided`` or ``rtc_trained`` make `infer` continue the actions that are known already; other modes do
+                not.
 
         Raises:
             CheckpointError: the checkpoint is incomplete, damaged or made for another robot.
-            ValueError: the solver is unknown or there is no step.
+            ValueError: the solver is unknown, there is no step, or the checkpoint was not trained for ``rtc_trained``.
         """
         checkpoint = load_checkpoint(path, robot, device=device, dtype=dtype)
-        return cls(checkpoint, robot, device=device, dtype=dtype, num_steps=num_steps, solver=solver, seed=seed)
+        return cls(checkpoint, robot, device=device, dtype=dtype, num_steps=num_steps, solver=solver, seed=seed, chunking=chunking)
 
-    def infer(self, observation: Observation) -> ActionChunk:
+    def infer(self, observation: Observation, known: KnownActions | None = None) -> ActionChunk:
         """Answer an observation.
+
+        Args:
+            observation: what the robot sees.
+            known: what is decided already about the answer (real-time chunking); None leaves it free.
 
         Returns:
             absolute actions ``[T, A]`` in robot units; action 0 is one period after the observation's stamp. Values are what the
@@ -113,7 +129,7 @@ class Policy:
         Raises:
             ValueError: the observation has another camera, state size or image type than the checkpoint.
         """
-        actions, stages = self._run(observation)
+        actions, stages = self._run(observation, known)
         period = self.robot.action.period_ns
         chunk = ActionChunk(
             stamp_ns=observation.stamp_ns + period,
@@ -141,8 +157,14 @@ class Policy:
             views[name] = CameraView(np.full((height, width, 3), 127, dtype=np.uint8), K, 0)
         observation = Observation(0, views, np.zeros(len(self.robot.state.names)), 0, 'warm up')
         stages: Mapping[str, float] = {}
+        known = None
+        if self._chunking in ('rtc_guided', 'rtc_trained'):
+            # The first chunk of a motion is free, the others continue it: both ways are to be warm.
+            self._run(observation, None)
+            horizon, actions = self._noise_shape[1:]
+            known = KnownActions(np.zeros((horizon, actions)), min(1, horizon - 1), horizon - 1)
         for _ in range(WARM_UP_RUNS):
-            _, stages = self._run(observation)
+            _, stages = self._run(observation, known)
         return sum(stages.values())
 
     def close(self) -> None:
@@ -151,8 +173,17 @@ class Policy:
         if self._device.type == 'cuda':
             torch.cuda.empty_cache()
 
-    @torch.inference_mode()
-    def _run(self, observation: Observation) -> tuple[np.ndarray[Any, np.dtype[np.float64]], dict[str, float]]:
+    def _run(
+        self, observation: Observation, known: KnownActions | None
+    ) -> tuple[np.ndarray[Any, np.dtype[np.float64]], dict[str, float]]:
+        # Guidance differentiates through the network, which inference mode forbids.
+        guided = known is not None and self._chunking == 'rtc_guided'
+        with torch.no_grad() if guided else torch.inference_mode():
+            return self._answer(observation, known)
+
+    def _answer(
+        self, observation: Observation, known: KnownActions | None
+    ) -> tuple[np.ndarray[Any, np.dtype[np.float64]], dict[str, float]]:
         marks = [time.perf_counter()]
         state = np.asarray(observation.state, dtype=np.float64)[None]
         inputs = self._processor(
@@ -164,14 +195,25 @@ class Policy:
         noise = self._noise(observation.stamp_ns).to(self._device)
         inputs = {name: value.to(self._device) for name, value in inputs.items()}
         self._mark(marks)
-        prefix = self._model.encode_prefix(inputs)
+        continued = self._continued(known, state)
+        prefix = self._model.encode_prefix(inputs, 'immutable' if 'guidance' in continued else 'auto')
         self._mark(marks)
-        normalised = self._model.denoise(prefix, self._num_steps, noise=noise, solver=self._solver)
+        normalised = self._model.denoise(prefix, self._num_steps, noise=noise, solver=self._solver, **continued)
         self._mark(marks)
         actions = self._processor.unnormalize_actions(normalised, state)[0]
         self._mark(marks)
         spans = [1e3 * (after - before) for before, after in itertools.pairwise(marks)]
         return actions, dict(zip(('preprocess', 'prefix', 'denoise', 'postprocess'), spans, strict=True))
+
+    def _continued(self, known: KnownActions | None, state: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, Any]:
+        """Arguments that make the sampler continue what is known; none in modes that do not."""
+        if known is None or self._chunking not in ('rtc_guided', 'rtc_trained'):
+            return {}
+        previous = self._processor.normalize_actions(known.actions[None], state).to(self._device)
+        if self._chunking == 'rtc_guided':
+            return {'guidance': RealTimeGuidance(previous, known.committed, known.overlap)}
+        # Beyond the longest prefix that training has shown the answer is free again; the planner joins it to the motion.
+        return {'action_prefix': previous[:, : min(known.committed, self._longest_prefix)]}
 
     def _noise(self, stamp_ns: int) -> torch.Tensor:
         if self._seed is not None:

@@ -42,6 +42,13 @@ PARAMETERS: tuple[Parameter, ...] = (
         'Integrator: euler, ab2 (second order at the same cost) or midpoint (second order, two evaluations a step); empty takes '
         'the checkpoint\'s own.',
     ),
+    Parameter(
+        'chunking',
+        'replace',
+        'How chunks follow each other. replace: each replaces the last at its seam. ensemble: chunks that overlap are averaged. '
+        'rtc_guided: the next chunk is steered towards what is committed already (any checkpoint, costs a backward pass per step). '
+        'rtc_trained: it is drawn to continue it (checkpoints trained for it).',
+    ),
     Parameter('seed', -1, 'Seed of the sampling noise; -1 draws fresh noise.', (-1, 2**31 - 1)),
     Parameter('torch_threads', 1, 'CPU threads of torch.', (1, 256)),
     Parameter('replan_rate', 5.0, 'New action chunks wanted, Hz.', (0.1, 50.0), 'any time'),

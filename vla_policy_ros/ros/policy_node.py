@@ -176,6 +176,7 @@ class PolicyNode(LifecycleNode):
                 dtype=values['dtype'],
                 num_steps=values['num_inference_steps'] or None,
                 solver=values['solver'] or None,
+                chunking=values['chunking'],
                 seed=None if values['seed'] < 0 else values['seed'],
             )
             warm_up_ms = policy.warm_up()
@@ -201,7 +202,7 @@ class PolicyNode(LifecycleNode):
         """Build the loop and connect it to topics, services and timers."""
         assert self._policy is not None and self._executor_thread is not None and self._emission is not None
         planner = TrajectoryPlanner(JointLimits.from_robot(robot), self._emission)
-        settings = Settings(values['replan_rate'], values['dry_run'], values['max_inference_time'])
+        settings = Settings(values['replan_rate'], values['dry_run'], values['max_inference_time'], values['chunking'])
         self.runtime = PolicyRuntime(
             robot, self._policy.infer, planner, self._executor_thread, self, self._wake.trigger, settings
         )
