@@ -151,7 +151,6 @@ class PolicyRuntime:
         self.reason = ''
         self.active = False
         self._infer = infer
-        self._planner = planner
         self._executor = executor
         self._listener = listener
         self._wake = wake
@@ -376,9 +375,8 @@ class PolicyRuntime:
         commanded = self.timeline.commanded
         if commanded is None or self.settings.dry_run or not self.active:
             return
-        self.timeline.forget_chunks()
         try:
-            stop = self._planner.brake(now_ns, commanded)
+            stop = self.timeline.brake()
         except LimitExceeded as problem:
             self._listener.on_warning(f'{problem}; the last trajectory comes to rest by itself')
             return

@@ -145,7 +145,8 @@ class Plan:
         seam_jump: largest distance, over the joints, between the chunk's own path and the commanded motion where the chunk
             takes over (rad, or the joint's unit).
         seam_ns: when the new motion takes over; 0 without a trajectory.
-        bent: whether the limits bend the chunk's path; False where it is executed as it is.
+        bent: whether the chunk's path is followed step by step, as limits on speed, acceleration or jerk demand; False where it is
+            executed as it is.
         raw: the trajectory before the smoothing of a jerk limit; None where none is smoothed. `CommandedMotion.accept` wants it.
     """
 
@@ -214,10 +215,11 @@ class TrajectoryPlanner:
             return _reject(Rejection.TOO_FAR, problem, expired, seam_jump)
 
         wanted = self._with_older(path, older, seam_ns)
-        for bent in (False, True):
+        # Smoothing is exact only for what the follower makes, whose acceleration is constant between two knots.
+        for bent in (True,) if self._smoother.steps else (False, True):
             follower = self._along(wanted, seam_ns, commanded.raw, bent)
             trajectory, raw = self._assemble(follower.knots, seam_ns, now_ns, commanded)
-            exceeded = self._exceeds(trajectory, follower, seam_ns, self.limits.velocity if bent else self._speed)
+            exceeded = self._exceeds(trajectory, follower, seam_ns, strictly=not bent)
             if not exceeded:
                 break
         if exceeded:
@@ -239,7 +241,7 @@ class TrajectoryPlanner:
         follower = self._follower(seam_ns, commanded.raw)
         follower.brake()
         trajectory, raw = self._assemble(follower.knots, seam_ns, now_ns, commanded)
-        problem = self._exceeds(trajectory, follower, seam_ns, self.limits.velocity)
+        problem = self._exceeds(trajectory, follower, seam_ns)
         if problem:
             raise LimitExceeded(f'brake not sent: {problem}')
         return Plan(trajectory, seam_ns=seam_ns, raw=raw)
@@ -369,10 +371,13 @@ class TrajectoryPlanner:
         times = spacing * np.arange(len(knots.positions), dtype=np.int64)
         return positions, velocities, JointTrajectory(seam_ns, self.limits.names, times, knots.positions, knots.velocities)
 
-    def _exceeds(self, trajectory: JointTrajectory, follower: Follower, seam_ns: int, speed: Array) -> str | None:
-        """The limit that the part after the seam exceeds, or None. What was commanded before is given, and its speed is."""
+    def _exceeds(self, trajectory: JointTrajectory, follower: Follower, seam_ns: int, strictly: bool = False) -> str | None:
+        """The limit that the part after the seam exceeds, or None. What was commanded before is given, and its speed is.
+
+        ``strictly`` allows no rounding and only the usable part of the velocity limit: for a path that nothing has bent.
+        """
         first = int(np.searchsorted(trajectory.times_ns, seam_ns - trajectory.start_ns))
-        usable = np.maximum(speed, np.abs(trajectory.velocities[first]))
+        usable = np.maximum(self._speed if strictly else self.limits.velocity, np.abs(trajectory.velocities[first]))
         reachable = replace(self.limits, lower=follower.lower, upper=follower.upper, velocity=usable)
         new = JointTrajectory(
             trajectory.start_ns,
@@ -381,7 +386,7 @@ class TrajectoryPlanner:
             trajectory.positions[first:],
             trajectory.velocities[first:],
         )
-        return violation(new, reachable)
+        return violation(new, reachable, 1e-10) if strictly else violation(new, reachable)
 
     def _clamped(self, actions: Array, waypoints: Array, expired: int, dt_ns: int) -> tuple[str, ...]:
         clipped = np.any(actions[expired:] != waypoints[expired:], axis=0)

@@ -109,6 +109,11 @@ class Timeline:
         older = list(reversed(self._chunks)) if self.chunking == 'ensemble' else ()
         return self._planner.plan(chunk, self.now_ns, commanded, older)
 
+    def brake(self) -> Plan | None:
+        """The shortest stop, or None where nothing moves; what chunks wanted is forgotten. Raises `LimitExceeded`."""
+        self.forget_chunks()
+        return None if self.commanded is None else self._planner.brake(self.now_ns, self.commanded)
+
     def taken(self, chunk: ActionChunk, plan: Plan) -> None:
         """``plan`` for ``chunk`` has been sent. Its delay is measured, unless it is the first since the motion began or was braked:
         that one has waited for caches and compilers, or for nothing in particular."""
