@@ -172,6 +172,33 @@ def test_mistral_keeps_its_grouped_heads_and_loses_its_window(robot: Robot, size
     assert type(model.language_model).__name__ == 'MistralForCausalLM'
 
 
+def test_files_beside_the_indexed_ones_are_not_read(robot: Robot, sizes: Path, public: Path, tmp_path: Path) -> None:
+    def add_consolidated(folder: Path) -> None:
+        save_file({'layers.0.attention.wq.weight': torch.zeros(2)}, str(folder / 'consolidated.safetensors'))
+
+    given = damaged(public, tmp_path, 'language', add_consolidated)
+    write_base_checkpoint(robot, tmp_path / 'base', sizes_file=sizes, folders=given)
+
+
+def test_siglip_replaces_the_clip_tower_of_a_preset(robot: Robot, sizes: Path, public: Path, tmp_path: Path) -> None:
+    clip = json.loads(sizes.read_text())
+    clip['vision_config'] = {'model_type': 'clip_vision_model', 'num_hidden_layers': 3, 'image_size': 56, 'patch_size': 14}
+    clip |= {'vision_feature_layer': -2, 'projector_type': 'mlp2x_gelu'}
+    file = tmp_path / 'clip.json'
+    file.write_text(json.dumps(clip))
+    tiny = {name: value for name, value in PRESETS['tiny']['vision_config'].items() if name != 'vision_use_head'}
+    stated = {'model_type': 'siglip', 'vision_config': {'model_type': 'siglip_vision_model', **tiny}}
+    given = damaged(public, tmp_path, 'vision', lambda folder: (folder / 'config.json').write_text(json.dumps(stated)))
+    report = write_base_checkpoint(robot, tmp_path / 'base', sizes_file=file, folders=given, dtype='float32')
+    config = load_checkpoint(tmp_path / 'base', robot).model.config
+    assert (config.vision_config.model_type, config.vision_feature_layer, config.projector_type) == (
+        'siglip_vision_model',
+        -1,
+        'linear',
+    )
+    assert any(line.startswith('projector_type') for line in report.sizes)
+
+
 def test_card_and_report_account_for_everything(robot: Robot, sizes: Path, public: Path, tmp_path: Path) -> None:
     report = write_base_checkpoint(robot, tmp_path / 'base', sizes_file=sizes, folders=folders(public))
     card = (tmp_path / 'base' / 'README.md').read_text()

@@ -50,6 +50,8 @@ def build_vision_tower(config: MapAnythingLlava3DConfig) -> Any:
     """The tower of a configuration, without the layers behind its feature layer."""
     vision = copy.deepcopy(config.vision_config)
     vision.num_hidden_layers += config.vision_feature_layer + 1
+    if vision.model_type == 'siglip_vision_model':
+        vision.vision_use_head = False  # patch features are used, not the pooled one
     return TOWER_CLASSES[vision.model_type]._from_config(vision)
 
 

@@ -66,11 +66,16 @@ class Source:
 
     def _files(self) -> list[Path]:
         files = sorted(self.path.glob('*.safetensors'))
+        indexed: set[str] = set()
         for index in sorted(self.path.glob(f'*{INDEX_SUFFIX}')):
             named = set(self._json(index.name).get('weight_map', {}).values())
             missing = sorted(name for name in named if not (self.path / name).is_file())
             if missing:
                 raise WeightsError(f'{self.path} lacks {missing[0]}, which {index.name} names; copy the whole folder')
+            indexed |= named
+        if indexed:
+            # Some folders hold the same weights a second time, in one file and under other names.
+            return [file for file in files if file.name in indexed]
         if files:
             return files
         pickled = sorted(file.name for pattern in PICKLED for file in self.path.glob(pattern))
