@@ -220,7 +220,7 @@ def test_an_empty_action_prefix_is_plain_sampling(conditioning: str) -> None:
 @per_action_time
 @torch.no_grad()
 def test_sampling_after_known_actions_equals_a_loop_with_a_time_per_token(conditioning: str) -> None:
-    model = trained_model(conditioning)
+    model = mild(trained_model(conditioning))
     given, steps, known = backbone_inputs(model, RIGHT), 4, noise(seed=21)[:, :2]
     x = torch.cat((known, noise()[:, 2:]), dim=1)
     for k in range(steps):

@@ -27,6 +27,7 @@ from toy import (
     toy_model,
 )
 
+from vla_policy_ros.model import deep_fusion
 from vla_policy_ros.model.attention import attend
 from vla_policy_ros.model.deep_fusion import PrefixCache
 from vla_policy_ros.model.flow_matching import Conditioning
@@ -125,16 +126,22 @@ def test_a_preallocated_cache_refuses_what_would_break_it() -> None:
     backbone, given = model.language_model_with_expert, backbone_inputs(model, RIGHT)
     held = caches(model, given)['preallocated']
     fixed = (fixed_state(), given['mask'], given['positions'], held)
+
+    def filled(cache: PrefixCache) -> PrefixCache:
+        return backbone.prefix_pass(given['prefix'], given['mask'], given['positions'], cache_only=True, into=cache).cache
+
     with pytest.raises(ValueError, match='1 of 7, gradients on: use an immutable cache'):
         model.action_expert.compute_loss(None, noise(seed=9), *fixed)
     with torch.no_grad(), pytest.raises(ValueError, match='3 of 7, gradients off'):
         model.action_expert.compute_loss(None, noise(seed=9), *fixed, repeats=3)
     with torch.no_grad(), pytest.raises(ValueError, match='one suffix of 6 tokens'):
         small = backbone.new_cache(2, 7, 6, given['prefix'])
-        sampled(model, given, 2, backbone.prefix_pass(given['prefix'], given['mask'], given['positions'], into=small).cache)
+        sampled(model, given, 2, filled(small))
     for wrong in (backbone.new_cache(1, 7, 7, given['prefix']), backbone.new_cache(2, 8, 7, given['prefix'])):
         with pytest.raises(ValueError, match=rf'{wrong.batch} prefixes of {wrong.length} tokens, not 2 of 7'):
-            backbone.prefix_pass(given['prefix'], given['mask'], given['positions'], into=wrong)
+            filled(wrong)
+    with pytest.raises(ValueError, match='use it with cache_only'):
+        backbone.prefix_pass(given['prefix'], given['mask'], given['positions'], into=held)
 
 
 @pytest.mark.parametrize(('implementation', 'room'), [('eager', 0), ('sdpa', 7)])
@@ -189,7 +196,9 @@ LONG = [[1] * 400, [1] * 300 + [0] * 100]
 
 @pytest.mark.parametrize('pads', [LONG, [[1] * 400] * 2], ids=['padded', 'full'])
 @pytest.mark.parametrize('kv_heads', [2, 4])
-@pytest.mark.parametrize('reader', ['eager-immutable', 'eager-preallocated', 'sdpa-preallocated', 'auto-preallocated'])
+@pytest.mark.parametrize(
+    'reader', [f'{kernel}-{form}' for kernel in ('eager', 'sdpa', 'auto') for form in ('immutable', 'preallocated')]
+)
 def test_no_step_copies_the_cache(reader: str, kv_heads: int, pads: list[list[int]]) -> None:
     """Nothing that a step makes or writes is as large as the keys, or values, of one layer for this batch."""
     watched = large_results_of_a_step(*reader.split('-'), pads, kv_heads)
@@ -197,8 +206,14 @@ def test_no_step_copies_the_cache(reader: str, kv_heads: int, pads: list[list[in
     assert watched.large == []
 
 
-def test_the_watch_sees_a_copied_cache() -> None:
-    """The fused kernel over an immutable cache has to join it with the suffix; the check above would notice."""
+def test_the_watch_sees_a_copied_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attention that joins cache and suffix first, as fused kernels want it; the check above would notice."""
+
+    def joining(query: Tensor, segments: Any, allowed: Tensor | None, implementation: str) -> Tensor:
+        key, value = (torch.cat(parts, dim=2) for parts in zip(*segments, strict=True))
+        return attend(query, [(key, value)], allowed, implementation)
+
+    monkeypatch.setattr(deep_fusion, 'attend', joining)
     assert 'aten.cat.default' in large_results_of_a_step('sdpa', 'immutable', LONG).large
 
 

@@ -63,7 +63,7 @@ def test_full_size_public_names_fill_their_parts(release: str) -> None:
     config = fitted_config(preset_sizes('llava3d-7b-expert') | {'geometry_config': GEOMETRY_RELEASES[release]}, **ROBOT)
     target = on_meta(config).state_dict()
     tower = 'model.vision_tower.vision_tower.vision_model'
-    clip_only = {'model.mm_projector.0.weight': [4096, 1024], f'{tower}.encoder.layers.0.mlp.fc1.bias': [4096]}
+    clip_only = {'model.mm_projector.0.weight': [4096, 1024], f'{tower}.embeddings.class_embedding': [1024]}
     manifest = json.loads(MANIFEST.read_text())
     unused = {f'{prefix}.layer.weight': [1] for prefix in manifest['ignored_prefixes']}
     folders: Any = {

@@ -33,9 +33,10 @@ def robot() -> Robot:
 
 @pytest.fixture(scope='module')
 def sizes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny preset's sizes as a file, with another rope base than the folder will state."""
+    """The tiny preset's sizes as a file, with another norm and rotary base than the folder will state, in the newer spelling."""
     tiny = {name: dict(part) for name, part in PRESETS['tiny'].items()}
-    tiny['text_config'] |= {'vocab_size': WORDS, 'rms_norm_eps': 1e-3}
+    rope = {'rope_type': 'default', 'rope_theta': 700.0}
+    tiny['text_config'] |= {'vocab_size': WORDS, 'rms_norm_eps': 1e-3, 'rope_parameters': rope}
     file = tmp_path_factory.mktemp('sizes') / 'sizes.json'
     file.write_text(json.dumps(tiny))
     return file
@@ -83,6 +84,9 @@ def public(random_network: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
                     'num_attention_heads': 4, 'num_key_value_heads': 2, 'vocab_size': WORDS, 'rms_norm_eps': 1e-5,
                     'rope_theta': 5000.0})
     )  # fmt: skip
+    tiny = {name: value for name, value in PRESETS['tiny']['vision_config'].items() if name != 'vision_use_head'}
+    stated = {'model_type': 'siglip', 'vision_config': {'model_type': 'siglip_vision_model', **tiny}}
+    (root / 'siglip' / 'config.json').write_text(json.dumps(stated))
     (root / 'llava' / 'README.md').write_text('---\nlicense: other\nlicense_name: llama2-and-more\n---\n# LLaVA\n')
     (root / 'siglip' / 'README.md').write_text('---\nlicense: apache-2.0\n---\n')
     return root
@@ -157,6 +161,62 @@ def test_sizes_that_no_shape_shows_come_from_the_folder(robot: Robot, sizes: Pat
     text = json.loads((tmp_path / 'base' / 'config.json').read_text())['text_config']
     assert text['rope_parameters']['rope_theta'] == 5000.0 and text['rms_norm_eps'] == 1e-5
     assert any(line.startswith('text_config.rms_norm_eps: 1e-05 (was 0.001)') for line in report.sizes)
+    assert any(line.startswith('text_config.rope_parameters') and '5000.0' in line and '700.0' in line for line in report.sizes)
+
+
+def test_what_a_folder_leaves_out_means_its_family_s_default(robot: Robot, sizes: Path, public: Path, tmp_path: Path) -> None:
+    def leave_out(folder: Path) -> None:
+        stated = json.loads((folder / 'config.json').read_text())
+        (folder / 'config.json').write_text(
+            json.dumps({k: v for k, v in stated.items() if k not in ('rope_theta', 'rms_norm_eps')})
+        )
+
+    write_base_checkpoint(robot, tmp_path / 'base', sizes_file=sizes, folders=damaged(public, tmp_path, 'language', leave_out))
+    text = json.loads((tmp_path / 'base' / 'config.json').read_text())['text_config']
+    assert (text['rope_parameters']['rope_theta'], text['rms_norm_eps']) == (10000.0, 1e-6)
+
+
+def test_words_without_rows_and_tied_words(robot: Robot, sizes: Path, public: Path, tmp_path: Path) -> None:
+    def drop_rows(folder: Path) -> None:
+        stated = json.loads((folder / 'config.json').read_text()) | {'vocab_size': 600}
+        (folder / 'config.json').write_text(json.dumps(stated))
+
+    (tmp_path / 'rows').mkdir()
+    with pytest.raises(WeightsError, match=r'the tokenizer has \d+ words, the word embedding 600 rows'):
+        write_base_checkpoint(
+            robot, tmp_path / 'base', sizes_file=sizes, folders=damaged(public, tmp_path / 'rows', 'language', drop_rows)
+        )
+
+    def tie(folder: Path) -> None:
+        stated = json.loads((folder / 'config.json').read_text()) | {'tie_word_embeddings': True}
+        (folder / 'config.json').write_text(json.dumps(stated))
+        for file in folder.glob('*.safetensors'):
+            tensors = load_file(file)
+            tensors.pop('lm_head.weight', None)
+            save_file(tensors, str(file))
+
+    (tmp_path / 'tied').mkdir()
+    given = damaged(public, tmp_path / 'tied', 'language', tie)
+    report = write_base_checkpoint(robot, tmp_path / 'base', sizes_file=sizes, folders=given, dtype='float32')
+    assert 'language_model.lm_head.weight' not in {*report.loaded, *report.random}
+    model = load_checkpoint(tmp_path / 'base', robot).model.language_model
+    assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+
+
+def test_a_siglip_tower_inside_a_language_folder_is_taken(robot: Robot, sizes: Path, public: Path, tmp_path: Path) -> None:
+    def embed(folder: Path) -> None:
+        tower = {}
+        for file in (public / 'siglip').glob('*.safetensors'):
+            tower |= {name: value for name, value in load_file(file).items() if name.startswith('vision_model.e')}
+            tower |= {name: value for name, value in load_file(file).items() if name.startswith('vision_model.post')}
+        save_file(
+            {f'model.vision_tower.vision_tower.{name}': value for name, value in tower.items()}, str(folder / 'eyes.safetensors')
+        )
+        (folder / 'model.safetensors.index.json').unlink()
+
+    report = write_base_checkpoint(robot, tmp_path / 'base', sizes_file=sizes, folders=damaged(public, tmp_path, 'language', embed))
+    assert any(name.startswith('vision_tower.') for name in report.loaded)
+    assert not any(name.startswith('vision_tower.') for name in report.random)
 
 
 def test_mistral_keeps_its_grouped_heads_and_loses_its_window(robot: Robot, sizes: Path, public: Path, tmp_path: Path) -> None:
@@ -186,10 +246,7 @@ def test_siglip_replaces_the_clip_tower_of_a_preset(robot: Robot, sizes: Path, p
     clip |= {'vision_feature_layer': -2, 'projector_type': 'mlp2x_gelu'}
     file = tmp_path / 'clip.json'
     file.write_text(json.dumps(clip))
-    tiny = {name: value for name, value in PRESETS['tiny']['vision_config'].items() if name != 'vision_use_head'}
-    stated = {'model_type': 'siglip', 'vision_config': {'model_type': 'siglip_vision_model', **tiny}}
-    given = damaged(public, tmp_path, 'vision', lambda folder: (folder / 'config.json').write_text(json.dumps(stated)))
-    report = write_base_checkpoint(robot, tmp_path / 'base', sizes_file=file, folders=given, dtype='float32')
+    report = write_base_checkpoint(robot, tmp_path / 'base', sizes_file=file, folders=folders(public, 'vision'), dtype='float32')
     config = load_checkpoint(tmp_path / 'base', robot).model.config
     assert (config.vision_config.model_type, config.vision_feature_layer, config.projector_type) == (
         'siglip_vision_model',
@@ -206,9 +263,10 @@ def test_card_and_report_account_for_everything(robot: Robot, sizes: Path, publi
     assert '| vision | `siglip` |' in card and '| apache-2.0 |' in card
     assert '`mapanything`' in card and 'not stated in the folder; check' in card and 'CC BY-NC 4.0' in card
     assert 'action_expert, fusion, language_model_with_expert, vision_projector | random start' in card
+    assert 'language_model_with_expert.expert_model.layers.*.self_attn.q_proj.weight  (2)' in card
     assert str(public) not in card, 'no paths of this machine'
     text = '\n'.join(report.lines())
-    assert 'missing 0, unexpected 0' in text and 'left out of vision: 1 tensors (pooling head' in text
+    assert 'missing 0;' in text and 'left out of vision: 1 tensors (pooling head' in text
     assert 'left out of geometry: 2 tensors (reconstruction head' in text
 
 
@@ -260,6 +318,8 @@ def poison(tensors: dict[str, Tensor]) -> None:
         ),
         ('language', lambda folder: (folder / 'tokenizer.json').unlink(), 'has no tokenizer.json'),
         ('language', lambda folder: (folder / 'config.json').write_text('{'), 'is not JSON'),
+        ('language', lambda folder: (folder / 'config.json').unlink(), 'has no config.json, and heads'),
+        ('vision', lambda folder: (folder / 'config.json').unlink(), 'has no config.json, and heads'),
         ('language', lambda folder: (folder / 'config.json').write_text('{"model_type": "gpt2"}'), "'gpt2' language model"),
         (
             'language',

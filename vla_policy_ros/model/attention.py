@@ -76,20 +76,16 @@ def attend(
     """Softmax attention of one set of queries over key/value segments; arguments and result as in `grouped_attention`.
 
     ``eager`` is `grouped_attention`. ``sdpa`` is torch's scaled_dot_product_attention, which takes FlashAttention where ``allowed``
-    is None and the device has it; it joins several segments by copying them, so that inference gives it one segment. ``auto`` is
-    ``sdpa`` on CUDA and for fewer queries than keys in one segment, and ``eager`` elsewhere: on a CPU each is the faster one there.
+    is None and the device has it. ``auto`` is ``sdpa`` on CUDA and for fewer queries than keys, and ``eager`` elsewhere: on a CPU
+    each is the faster one there. Several segments, or several query rows per key row, always go to `grouped_attention`: a fused
+    kernel would need them joined and repeated, which copies the prefix.
     """
-    if implementation == 'auto':
-        few_queries = len(segments) == 1 and query.shape[2] < segments[0][0].shape[2]
-        implementation = 'sdpa' if query.device.type == 'cuda' or few_queries else 'eager'
-    if implementation == 'eager':
-        return grouped_attention(query, segments, allowed)
     rows, heads, length, width = query.shape
-    repeats = rows // segments[0][0].shape[0]
-    full = [[part if len(part) == rows else part.repeat_interleave(repeats, dim=0) for part in segment] for segment in segments]
-    key, value = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2) for parts in zip(*full, strict=True))
-    if allowed is not None and repeats > 1:
-        allowed = allowed.repeat_interleave(repeats, dim=0) if len(allowed) > 1 else allowed
+    key, value = segments[0]
+    if implementation == 'auto':
+        implementation = 'sdpa' if query.device.type == 'cuda' or length < key.shape[2] else 'eager'
+    if implementation == 'eager' or len(segments) > 1 or len(key) != rows:
+        return grouped_attention(query, segments, allowed)
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, enable_gqa=key.shape[1] != heads)
     return mixed.transpose(1, 2).reshape(rows, length, heads * width)
 

@@ -131,7 +131,8 @@ class ActionExpertConfig(PreTrainedConfig):
         mode: ``separate`` gives the suffix its own layers of width `hidden_size`; ``shared`` runs it through the language
             model's layers (then `hidden_size` must equal the language model's) and only owns norms.
         hidden_size: width E of the suffix stream.
-        intermediate_size, mlp_ratio: width of its MLP; None is ``mlp_ratio * hidden_size``.
+        intermediate_size, mlp_ratio: width of its MLP; None is ``mlp_ratio * hidden_size``. A shared expert has that of the
+            language model.
         num_layers: suffix layers; None is one per language layer. Fewer must divide the language model's count: suffix layer j
             then reads language layer j * stride.
         action_dim, action_horizon, state_dim, use_state: A, T, S, and whether a state token leads the suffix.
@@ -364,6 +365,13 @@ class MapAnythingLlava3DConfig(PreTrainedConfig):
             raise ValueError(
                 f'expert_config.hidden_size is {expert.hidden_size}; a shared expert needs the language width {text.hidden_size}'
             )
+        if expert.mode == 'shared':
+            expert.intermediate_size = text.intermediate_size
+            if expert.knowledge_insulation:
+                raise ValueError(
+                    'expert_config.knowledge_insulation cannot insulate a shared expert, whose weights are the language model; '
+                    "use mode 'separate'"
+                )
         if expert.mode == 'shared' and expert.num_layers not in (None, text.num_hidden_layers):
             raise ValueError(
                 f'expert_config.num_layers is {expert.num_layers}; a shared expert has those of the language model, '
@@ -407,6 +415,13 @@ class MapAnythingLlava3DConfig(PreTrainedConfig):
     def hidden_size(self) -> int:
         """Width of the prefix stream."""
         return int(self.text_config.hidden_size)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """The published flat names are written through to the expert."""
+        if name in _FLAT_EXPERT_NAMES and self.__dict__.get('expert_config') is not None:
+            setattr(self.expert_config, _FLAT_EXPERT_NAMES[name], value)
+        else:
+            super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         """The published flat names, read from the expert; only called where no such attribute exists."""

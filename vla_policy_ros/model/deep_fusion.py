@@ -27,6 +27,7 @@ from vla_policy_ros.model.attention import (
     boolean_mask,
     position_ids_from_pad,
     prefix_block_starts,
+    simplified_mask,
 )
 from vla_policy_ros.model.configuration import ActionExpertConfig
 from vla_policy_ros.model.initial import start_as
@@ -146,7 +147,7 @@ class LLaVA3DWithActionExpertModel(nn.Module):
     Args:
         base_llava: a Llama or Mistral model for causal language modelling (``.model.layers``, ``.model.norm``,
             ``.model.rotary_emb``).
-        expert_config: sizes and mode of the expert.
+        expert_config: sizes and mode of the expert; None is the default one.
         prefix_attention: mask among prefix tokens when only padding is given.
         attention_implementation: ``auto``, ``eager`` or ``sdpa`` (`attention.attend`).
     """
@@ -157,11 +158,12 @@ class LLaVA3DWithActionExpertModel(nn.Module):
     def __init__(
         self,
         base_llava: Any,
-        expert_config: ActionExpertConfig,
+        expert_config: ActionExpertConfig | None = None,
         prefix_attention: str = 'bidirectional',
         attention_implementation: str = 'auto',
     ) -> None:
         super().__init__()
+        expert_config = expert_config or ActionExpertConfig()
         self._borrowed = (base_llava,)
         text = base_llava.config
         self.prefix_attention = prefix_attention
@@ -179,6 +181,7 @@ class LLaVA3DWithActionExpertModel(nn.Module):
         if self.num_layers % self.expert_num_layers:
             raise ValueError(f'{self.num_layers} language layers cannot be paired with {self.expert_num_layers} expert layers')
         self.layer_stride = self.num_layers // self.expert_num_layers
+        self.last_read_layer = (self.expert_num_layers - 1) * self.layer_stride
         layer_class = type(self.base.layers[0])
         self.expert_model = None if self.shared else ExpertLayers(text, layer_class, expert_config, self.expert_num_layers)
         self.expert_norm = type(self.base.norm)(self.expert_hidden_size, eps=text.rms_norm_eps)
@@ -253,9 +256,10 @@ class LLaVA3DWithActionExpertModel(nn.Module):
         return None if condition is None or self.expert_modulation is None else self.expert_modulation(condition)
 
     def new_cache(self, batch: int, length: int, room: int, like: Tensor) -> PrefixCache:
-        """A preallocated cache for ``batch`` prefixes of ``length`` tokens, on the device and in the dtype of ``like``."""
+        """A preallocated cache of the layers that the suffix reads, for ``batch`` prefixes of ``length`` tokens, on the device and
+        in the dtype of ``like``; for prefix passes with ``cache_only``."""
         shape = (batch, self.num_kv_heads, length + room, self.head_dim)
-        layers = tuple(LayerCache(like.new_empty(shape), like.new_empty(shape)) for _ in range(self.num_layers))
+        layers = tuple(LayerCache(like.new_empty(shape), like.new_empty(shape)) for _ in range(self.last_read_layer + 1))
         return PrefixCache(layers, length, room)
 
     def prefix_pass(
@@ -273,8 +277,9 @@ class LLaVA3DWithActionExpertModel(nn.Module):
             embeds: ``[B, Lp, D]``.
             attention_mask: validity ``[B, Lp]``, or a mask of at least ``[B, 1, Lp, Lp]`` whose top left block is used.
             position_ids: ``[B, >= Lp]``; None derives them from the validity.
-            cache_only: stop at the last layer's keys and values, which is all that a suffix reads.
-            into: a preallocated cache of this size from `new_cache`, filled in place; None makes an immutable one.
+            cache_only: stop at the keys and values of the last layer that a suffix reads.
+            into: with ``cache_only``, a preallocated cache of this size from `new_cache`, filled in place; None makes an immutable
+                one.
 
         Raises:
             ValueError: mask, positions or the preallocated cache do not belong to these embeddings.
@@ -290,17 +295,19 @@ class LLaVA3DWithActionExpertModel(nn.Module):
             raise ValueError('a prefix with a four-dimensional mask needs position_ids')
         if allowed.shape[-2:] != (length, length):
             raise ValueError(f'attention_mask is {tuple(attention_mask.shape)}; the prefix has {length} tokens')
+        if into is not None and not cache_only:
+            raise ValueError('a preallocated cache holds the layers that a suffix reads; use it with cache_only')
         if into is not None and (into.batch, into.length) != (len(embeds), length):
             raise ValueError(f'the cache is for {into.batch} prefixes of {into.length} tokens, not {len(embeds)} of {length}')
         rotary = self.rotary(embeds, position_ids[:, :length])
         # A padded query that may look nowhere looks everywhere instead: finite in every kernel, and read by nobody.
-        visible = allowed | ~allowed.any(dim=-1, keepdim=True)
+        visible = simplified_mask(allowed | ~allowed.any(dim=-1, keepdim=True))
         hidden, states, layers = embeds, [embeds], []
-        for index, layer in enumerate(self.base.layers):
-            last = index == self.num_layers - 1
-            hidden, kept = self._run_layer(self._prefix_layer, layer, hidden, visible, rotary, cache_only and last)
-            layers.append(kept if into is None else _write(into.layers[index], kept, 0))
-            if not last:
+        last = self.last_read_layer if cache_only else self.num_layers - 1
+        for index, layer in enumerate(self.base.layers[: last + 1]):
+            hidden, *kept = self._run_layer(self._prefix_layer, layer, hidden, visible, rotary, cache_only and index == last)
+            layers.append(LayerCache(*kept) if into is None else _write(into.layers[index], LayerCache(*kept), 0))
+            if index != last:
                 states.append(hidden)
         cache = PrefixCache(tuple(layers), length) if into is None else into
         if cache_only:
@@ -347,7 +354,7 @@ class LLaVA3DWithActionExpertModel(nn.Module):
         for index, layer in enumerate(layers):
             past = cache.layers[index * self.layer_stride]
             table = None if modulation is None else modulation.layers[index]
-            hidden = self._run_layer(self._suffix_layer, layer, hidden, past, cache.room, allowed, rotary, table)
+            hidden = self._run_layer(self._suffix_layer, layer, hidden, *past, cache.room, allowed, rotary, table)
         normed = self.expert_norm(hidden)
         if modulation is None:
             return normed
@@ -355,36 +362,41 @@ class LLaVA3DWithActionExpertModel(nn.Module):
         return normed * (1 + scale) + shift
 
     def _run_layer(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """One layer, recomputed in the backward pass where gradient checkpointing is on."""
+        """One layer, recomputed in the backward pass where gradient checkpointing is on.
+
+        Tensors that need gradients are arguments and results of their own: re-entrant checkpointing sees nothing inside a tuple.
+        """
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(function, *arguments)
         return function(*arguments)
 
     def _prefix_layer(
-        self, layer: Any, hidden: Tensor, visible: Tensor, rotary: tuple[Tensor, Tensor], cache_only: bool
-    ) -> tuple[Tensor, LayerCache]:
+        self, layer: Any, hidden: Tensor, visible: Tensor | None, rotary: tuple[Tensor, Tensor], cache_only: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         attention, normed = layer.self_attn, layer.input_layernorm(hidden)
         # Contiguous once, so that no matrix product of a later step has to copy them.
         key = apply_rotary(self._heads(attention.k_proj(normed)), rotary).contiguous()
-        own = LayerCache(key, self._heads(attention.v_proj(normed)).contiguous())
+        value = self._heads(attention.v_proj(normed)).contiguous()
         if cache_only:
-            return hidden, own
+            return hidden, key, value
         query = apply_rotary(self._heads(attention.q_proj(normed)), rotary)
-        hidden = hidden + attention.o_proj(attend(query, [own], visible, self.attention_implementation))
-        return hidden + layer.mlp(layer.post_attention_layernorm(hidden)), own
+        hidden = hidden + attention.o_proj(attend(query, [(key, value)], visible, self.attention_implementation))
+        return hidden + layer.mlp(layer.post_attention_layernorm(hidden)), key, value
 
     def _suffix_layer(
         self,
         layer: Any,
         hidden: Tensor,
-        past: LayerCache,
+        past_key: Tensor,
+        past_value: Tensor,
         room: int,
         allowed: Tensor | None,
         rotary: tuple[Tensor, Tensor],
         table: Tensor | None,
     ) -> Tensor:
+        past = LayerCache(past_key, past_value)
         if self.knowledge_insulation:
-            past = LayerCache(past.key.detach(), past.value.detach())
+            past = LayerCache(past_key.detach(), past_value.detach())
         attention = layer.self_attn
         first, second = (None, None) if table is None else _rows(table, hidden).chunk(2, dim=-1)
         normed, gate = _modulated(layer.input_layernorm(hidden), first)

@@ -118,7 +118,8 @@ class FlowMatchingActionExpert(nn.Module):
         width = config.hidden_size
         mixes_time = config.time_conditioning == 'concat_mlp'
         self.layout = SuffixLayout(config.use_state, config.action_horizon, config.time_conditioning == 'token')
-        self.state_proj = nn.Linear(config.state_dim, width) if config.use_state and config.state_dim else None
+        state_dim = config.state_dim if config.use_state else None
+        self.state_proj = nn.Linear(state_dim, width) if state_dim else None
         self.action_in_proj = nn.Linear(config.action_dim, width)
         self.time_mlp_in = nn.Linear(2 * width if mixes_time else width, width)
         self.time_mlp_out = nn.Linear(width, width)
@@ -175,6 +176,8 @@ class FlowMatchingActionExpert(nn.Module):
             noise = torch.randn(actions.shape, device=actions.device, generator=generator)
         if time is None:
             time = self.sample_time(rows, actions.device, generator)
+        elif not bool(((time >= 0.0) & (time <= 1.0)).all()):
+            raise ValueError(f'time is {time.tolist()}; it must lie in [0, 1]')
         if delay is None and self.config.rtc_max_delay:
             delay = torch.randint(self.config.rtc_max_delay + 1, (rows,), device=actions.device, generator=generator)
         if noise.shape != actions.shape or time.shape != (rows,) or (delay is not None and delay.shape != (rows,)):
@@ -238,6 +241,7 @@ class FlowMatchingActionExpert(nn.Module):
         batch, shape = len(like), (self.config.action_horizon, self.config.action_dim)
         if noise is None:
             noise = torch.randn((batch, *shape), device=like.device, generator=generator)
+        noise = noise.to(like.device)
         self._check(noise, state)
         self._check_known_actions(batch, action_prefix, guidance)
         condition = self.prepare(prefix_embs, state, attention_mask, position_ids, prefix_past_key_values, len(noise))

@@ -35,6 +35,7 @@ from vla_policy_ros.model.vision import build_projector, build_vision_tower, pat
 
 # transformers 5.24 renamed this argument and this field of its models.
 _CACHE = 'cache' if 'cache' in inspect.signature(LlamaForCausalLM.forward).parameters else 'past_key_values'
+_LIBRARY_IGNORE_INDEX = -100
 CACHES = ('auto', 'immutable', 'preallocated')
 
 
@@ -196,6 +197,7 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
         if pixel_values.dim() != 5 or tuple(pixel_values.shape[2:]) != (3, side, side):
             raise ValueError(f'pixel_values are {tuple(pixel_values.shape)}; expected [batch, cameras, 3, {side}, {side}]')
         batch, views = pixel_values.shape[:2]
+        intrinsic_mask, image_masks = (None if mask is None else mask.bool() for mask in (intrinsic_mask, image_masks))
         intrinsic = self._check_views(batch, views, intrinsic, intrinsic_mask, image_masks)
         rgb = unit_rgb(pixel_values)
         vision = patch_features(self.vision_tower, self.config, rgb.flatten(0, 1), self.dtype)
@@ -240,6 +242,7 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
         instruction_token_mask: Tensor | None = None,
         image_token_index: int | None = None,
         image_features: Tensor | None = None,
+        hide: bool = False,
         generator: torch.Generator | None = None,
     ) -> PrefixEmbeddings:
         """Words and image tokens as one sequence.
@@ -251,7 +254,8 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
             image_token_mask: bool ``[B, Lp]``; None compares ``input_ids`` with ``image_token_index`` (the configuration's).
             instruction_token_mask: bool ``[B, Lp]``: words of the instruction; training with ``prefix_lang_dropout_prob`` needs it.
             image_features: ``[B, S, D]``, in place of ``pixel_values`` where the caller has encoded the images already.
-            generator: source of the draws that hide prefix tokens in training.
+            hide: hide prefix tokens at random, as ``prefix_lang_dropout_prob`` and ``prefix_image_dropout_prob`` say.
+            generator: source of these draws.
 
         Raises:
             ValueError: the number of image positions of a sample differs from the number of image tokens, batches differ, or an
@@ -272,16 +276,16 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
             raise ValueError(f'input_ids reach {int(words.min())}..{int(words.max())}; the vocabulary has {vocabulary} words')
         if image_features is None and pixel_values is not None:
             image_features = self.get_image_features(pixel_values, intrinsic, intrinsic_mask, image_masks)
-        pad = self._hide_in_training(attention_mask.bool(), is_image, instruction_token_mask, generator)
+        pad = attention_mask.bool()
+        if hide:
+            pad = self._hide(pad, is_image, instruction_token_mask, generator)
         return inject_images(self._embed_words(words), pad, is_image, image_features, image_masks)
 
-    def _hide_in_training(
-        self, pad: Tensor, is_image: Tensor, instruction: Tensor | None, generator: torch.Generator | None
-    ) -> Tensor:
+    def _hide(self, pad: Tensor, is_image: Tensor, instruction: Tensor | None, generator: torch.Generator | None) -> Tensor:
         config = self.config
-        if self.training and config.prefix_image_dropout_prob:
+        if config.prefix_image_dropout_prob:
             pad = hide_at_random(pad, is_image, config.prefix_image_dropout_prob, generator)
-        if self.training and config.prefix_lang_dropout_prob:
+        if config.prefix_lang_dropout_prob:
             if instruction is None:
                 raise ValueError('prefix_lang_dropout_prob needs instruction_token_mask, so that the template stays visible')
             pad = hide_at_random(pad, instruction.bool(), config.prefix_lang_dropout_prob, generator)
@@ -365,7 +369,7 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
         time: Tensor | None = None,
         generator: torch.Generator | None = None,
         repeats: int = 1,
-    ) -> MapAnythingLlava3DOutput:
+    ) -> MapAnythingLlava3DOutput | tuple[Any, ...]:
         """Flow-matching loss where ``actions`` ``[B, T, A]`` are given, else the language model's causal forward.
 
         In the action path the language logits are not computed, ``labels`` and ``position_ids`` are ignored, and the arguments from
@@ -376,6 +380,8 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
             ValueError: shapes, counts or values do not fit; ``actions`` without an action expert.
         """
         past_pad, attention_mask = _split_mask(attention_mask, past_key_values)
+        if input_ids is not None and inputs_embeds is not None:
+            raise ValueError('give input_ids or inputs_embeds, not both')
         if input_ids is None:
             prefix = _given_embeddings(inputs_embeds, pixel_values, attention_mask)
         else:
@@ -390,10 +396,12 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
                 instruction_token_mask=instruction_token_mask,
                 image_token_index=image_token_index,
                 image_features=image_features,
+                hide=self.training and actions is not None,
                 generator=generator,
             )
         if actions is None:
-            return self._speak(prefix, past_pad, labels, past_key_values, use_cache, output_attentions, output_hidden_states)
+            spoken = self._speak(prefix, past_pad, labels, past_key_values, use_cache, output_attentions, output_hidden_states)
+            return spoken if return_dict is not False else spoken.to_tuple()
         expert = self._expert()
         if len(actions) != len(prefix.embeds):
             raise ValueError(f'actions have batch {len(actions)}, the prefix has batch {len(prefix.embeds)}')
@@ -416,7 +424,8 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
             repeats=repeats,
         )
         hidden = done.hidden_states if output_hidden_states else None
-        return MapAnythingLlava3DOutput(loss=loss, hidden_states=hidden, image_hidden_states=prefix.image_features)
+        output = MapAnythingLlava3DOutput(loss=loss, hidden_states=hidden, image_hidden_states=prefix.image_features)
+        return output if return_dict is not False else output.to_tuple()
 
     def _speak(
         self,
@@ -428,6 +437,10 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
         output_attentions: bool | None,
         output_hidden_states: bool | None,
     ) -> MapAnythingLlava3DOutput:
+        if output_attentions and self.language_model.config._attn_implementation != 'eager':
+            raise ValueError("output_attentions needs the language model's attn_implementation to be 'eager'")
+        if labels is not None:
+            labels = labels.masked_fill(labels == self.config.ignore_index, _LIBRARY_IGNORE_INDEX)
         pad = prefix.pad if past_pad is None else torch.cat((past_pad, prefix.pad), dim=1)
         spoken = self.language_model(
             inputs_embeds=prefix.embeds,
@@ -439,10 +452,13 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
             output_hidden_states=output_hidden_states,
             **{_CACHE: past_key_values},
         )
+        cache = getattr(spoken, _CACHE)
+        if cache is not None:
+            cache.valid_tokens = pad  # with the tokens of absent cameras cleared, which the caller's mask does not know
         return MapAnythingLlava3DOutput(
             loss=spoken.loss,
             logits=spoken.logits,
-            past_key_values=getattr(spoken, _CACHE),
+            past_key_values=cache,
             hidden_states=spoken.hidden_states,
             attentions=spoken.attentions,
             image_hidden_states=prefix.image_features,
@@ -464,7 +480,7 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
         """
         if not generation.get('use_cache', True):
             raise ValueError('generate always uses a cache; call forward on the whole sequence to do without one')
-        prefix = self.embed_prefix(**{name: value for name, value in model_inputs.items() if name != 'state'})
+        prefix = self.embed_prefix(**_prefix_arguments(model_inputs))
         embeds, pad = left_padded(prefix.embeds, prefix.pad)
         return self.language_model.generate(inputs_embeds=embeds, attention_mask=pad.long(), **generation)
 
@@ -479,10 +495,9 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
         """
         if cache not in CACHES:
             raise ValueError(f'cache {cache!r} is unknown; use one of {", ".join(CACHES)}')
-        inputs = dict(model_inputs)
-        state = inputs.pop('state', None)
-        prefix = self.embed_prefix(**inputs)
         expert = self._expert()
+        state = model_inputs.get('state')
+        prefix = self.embed_prefix(**_prefix_arguments(model_inputs))
         backbone, room = expert.backbone, expert.layout.length
         mask, positions, _ = self._build_joint_attention_inputs(
             prefix.embeds, room, prefix.pad, image_token_mask=prefix.image_token_mask
@@ -534,6 +549,23 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
         return self.denoise(self.encode_prefix(model_inputs, cache), num_steps, **sampling)
 
 
+def _prefix_arguments(model_inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `embed_prefix` among model inputs. Raises ValueError for a name that is not an input."""
+    unknown = sorted(set(model_inputs) - _PREFIX_INPUTS - {'state'})
+    if unknown:
+        raise ValueError(f'model input {unknown[0]!r} is unknown; the inputs are {", ".join(sorted(_PREFIX_INPUTS))} and state')
+    if 'input_ids' not in model_inputs:
+        raise ValueError('model inputs have no input_ids')
+    return {name: value for name, value in model_inputs.items() if name in _PREFIX_INPUTS}
+
+
+_PREFIX_INPUTS = set(inspect.signature(MapAnythingLlava3DForConditionalGeneration.embed_prefix).parameters) - {
+    'self',
+    'hide',
+    'generator',
+}
+
+
 def _given_embeddings(embeds: Tensor | None, pixel_values: Tensor | None, attention_mask: Tensor | None) -> PrefixEmbeddings:
     """A prefix that the caller has embedded."""
     if embeds is None:
@@ -551,7 +583,11 @@ def _split_mask(attention_mask: Tensor | None, past_key_values: Any) -> tuple[Te
         return None, attention_mask
     if attention_mask is None:
         raise ValueError(f'past_key_values hold {past} tokens; give the attention_mask of those and of the new ones')
-    return attention_mask[:, :past].bool(), attention_mask[:, past:]
+    valid = attention_mask[:, :past].bool()
+    known = getattr(past_key_values, 'valid_tokens', None)
+    if known is not None and known.shape == valid.shape:
+        valid = valid & known
+    return valid, attention_mask[:, past:]
 
 
 AutoModel.register(MapAnythingLlava3DConfig, MapAnythingLlava3DForConditionalGeneration)

@@ -7,7 +7,10 @@ any size. Everything is written to a folder beside the wanted one, which gets it
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from vla_policy_ros.model.configuration import MapAnythingLlava3DConfig
 from vla_policy_ros.model.modeling import MapAnythingLlava3DForConditionalGeneration
 from vla_policy_ros.model.presets import preset_sizes
 from vla_policy_ros.model.tokenizer import small_tokenizer
-from vla_policy_ros.model.weights.plan import Report, plan
+from vla_policy_ros.model.weights.plan import Report, plan, stored_tensors
 from vla_policy_ros.model.weights.rules import PARTS
 from vla_policy_ros.model.weights.sizes import adopt_sizes
 from vla_policy_ros.model.weights.sources import Source, WeightsError
@@ -29,6 +32,7 @@ from vla_policy_ros.policy.checkpoint import DTYPES, TOKENIZER_FILE, RobotSignat
 from vla_policy_ros.robot import Robot
 
 CARD_FILE = 'README.md'
+FOLDER_MODE = 0o755
 # What a config.json says beside sizes and choices.
 NOT_SIZES = ('architectures', 'dtype', 'model_type', 'transformers_version')
 # What a folder is under when its own model card does not say; facts about the public releases, to be checked by the user.
@@ -79,16 +83,22 @@ def write_base_checkpoint(
     sources = {part: Source(path) for part, path in (folders or {}).items()}
     sizes, changes = adopt_sizes(_sizes(preset, sizes_file), sources)
     tokenizer = _tokenizer(sources.get('language'))
+    rows = sizes['text_config'].get('vocab_size', 0) if 'language' in sources else len(tokenizer)
+    if rows < len(tokenizer):
+        raise WeightsError(
+            f'{sources["language"].path}: the tokenizer has {len(tokenizer)} words, the word embedding {rows} rows; '
+            'they do not belong together'
+        )
     config = robot_config(robot, sizes, tokenizer)
     with torch.device('meta'):
         model = MapAnythingLlava3DForConditionalGeneration(config)
-    report = plan(model.state_dict(), sources, config.vision_config.num_hidden_layers + config.vision_feature_layer + 1)
+    report = plan(stored_tensors(model), sources, config.vision_config.num_hidden_layers + config.vision_feature_layer + 1)
     report.sizes = changes
     _check_space(out, weights_bytes(model, DTYPES[dtype]))
 
-    partial = out.with_name(f'{out.name}.partial')
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f'.{out.name}.', dir=out.parent))
+    partial.chmod(FOLDER_MODE)
     try:
         write_weights(partial, model, report, sources, dtype=DTYPES[dtype], seed=seed, shard_bytes=shard_bytes, progress=progress)
         _save_config(partial, config, DTYPES[dtype])
@@ -131,7 +141,14 @@ def model_card(
         lines.append(f'| {part} | `{source.path.resolve().name}` | {used} | {stated} |')
     lines.append(f'| {", ".join(random)} | random start | {len(report.random)} | as this software (Apache-2.0) |')
     lines += ['', 'The strictest of these licences applies to the whole.', '', '## Report', '', '```', *report.lines(), '```', '']
+    lines += ['Randomly initialised:', '', '```', *_grouped(report.random), '```', '']
     return '\n'.join(lines)
+
+
+def _grouped(names: list[str]) -> list[str]:
+    """Names with the numbers of their layers left open, each once, with how many there are."""
+    counts = Counter(re.sub(r'\.\d+\.', '.*.', name) for name in names)
+    return [f'{name}{f"  ({count})" if count > 1 else ""}' for name, count in counts.items()]
 
 
 def _sizes(preset: str | None, sizes_file: str | Path | None) -> Mapping[str, Any]:
@@ -156,7 +173,7 @@ def _tokenizer(language: Source | None) -> PreTrainedTokenizerFast:
     if not (language.path / TOKENIZER_FILE).is_file():
         raise WeightsError(
             f'{language.path} has no {TOKENIZER_FILE}; save its tokenizer in the fast form '
-            '(transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder))'
+            '(needs sentencepiece: AutoTokenizer.from_pretrained(folder).save_pretrained(folder))'
         )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(language.path))
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:

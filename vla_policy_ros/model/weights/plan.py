@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from vla_policy_ros.model.weights.rules import GEOMETRY, LANGUAGE, PROJECTOR, VISION, translate
 from vla_policy_ros.model.weights.sources import Source, WeightsError
 
 MAIN_PART = {'language': LANGUAGE, 'vision': VISION, 'geometry': GEOMETRY}
+# Only a CLIP tower has a class token.
+CLIP_ONLY = 'embeddings.class_embedding'
 SHOWN = 8
 
 
@@ -53,17 +56,24 @@ class Report:
             f'{part:28}' + ''.join(f'{found[f"{kind}_elements"] / 1e6:>9.1f} ({found[kind]:>4})' for kind in ('loaded', 'random'))
             for part, found in rows.items()
         ]
-        table.append('missing 0, unexpected 0, of another shape 0')
+        unaccounted = set(self.parameters) - set(self.loaded) - set(self.random)
+        table.append(f'missing {len(unaccounted)}; a folder with a missing, unexpected or misshapen tensor would have been refused')
         reasons = Counter((part, reason) for part, _, reason in self.left_out)
         table += [f'left out of {part}: {count} tensors ({reason})' for (part, reason), count in sorted(reasons.items())]
         return [*table, *(f'taken over: {line}' for line in self.sizes)]
+
+
+def stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict without the word logits where they are tied to the word embedding: transformers ties them again."""
+    tied = bool(getattr(model.config.text_config, 'tie_word_embeddings', False))
+    return {name: value for name, value in model.state_dict().items() if not (tied and name == f'{LANGUAGE}.lm_head.weight')}
 
 
 def plan(target: Mapping[str, Tensor], sources: Mapping[str, Source], built_vision_layers: int) -> Report:
     """Match the folders with the network's state dict.
 
     Args:
-        target: the network's state dict; only names and shapes are used, so that it may lie on the meta device.
+        target: the tensors to store (`stored_tensors`); only names and shapes are used, so that they may lie on the meta device.
         sources: ``language``, ``vision``, ``geometry`` (`rules.PARTS`) to folders; any subset.
         built_vision_layers: layers of the vision tower; a source's layers behind them are left out.
 
@@ -77,7 +87,7 @@ def plan(target: Mapping[str, Tensor], sources: Mapping[str, Source], built_visi
     for part in ('vision', 'geometry', 'language'):
         if part not in sources:
             continue
-        source, taken = sources[part], set(report.loaded)
+        source = sources[part]
         for name, tensor in source.tensors.items():
             try:
                 ours, reason = translate(part, name)
@@ -85,7 +95,7 @@ def plan(target: Mapping[str, Tensor], sources: Mapping[str, Source], built_visi
                 unexpected.append(f'{part}: {name}')
                 continue
             if ours is not None:
-                reason = _why_not(part, ours, target, sources, taken, built_vision_layers)
+                reason = _why_not(part, ours, target, sources, built_vision_layers)
             if ours is None or reason:
                 report.left_out.append((part, name, reason))
             elif ours not in target:
@@ -104,18 +114,21 @@ def plan(target: Mapping[str, Tensor], sources: Mapping[str, Source], built_visi
 
 
 def _why_not(
-    part: str, ours: str, target: Mapping[str, Tensor], sources: Mapping[str, Source], taken: set[str], built_vision_layers: int
+    part: str, ours: str, target: Mapping[str, Tensor], sources: Mapping[str, Source], built_vision_layers: int
 ) -> str:
     """Why a known tensor is not used, or ''."""
     layer = re.match(rf'{VISION}\.encoder\.layers\.(\d+)\.', ours)
     if layer and int(layer[1]) >= built_vision_layers:
         return 'behind the feature layer'
+    if ours == f'{LANGUAGE}.lm_head.weight' and ours not in target:
+        return 'tied to the word embedding'
     if part != 'language' or ours.startswith(f'{LANGUAGE}.'):
         return ''
     if ours.startswith(f'{VISION}.') and 'vision' in sources:
         return 'the vision folder has the tower'
-    if ours.startswith((f'{VISION}.', f'{PROJECTOR}.')) and f'{VISION}.pre_layrnorm.weight' not in target:
-        return 'belongs to a CLIP tower, which this network does not have'
+    theirs, mine = (any(name.endswith(CLIP_ONLY) for name in names) for names in (sources[part].tensors, target))
+    if theirs != mine and not (ours.startswith(f'{PROJECTOR}.') and mine):
+        return f'belongs to a {"CLIP" if theirs else "SigLIP"} tower, which this network does not have'
     if ours.startswith(f'{PROJECTOR}.') and f'{PROJECTOR}.2.weight' not in target:
         return 'a two-layer projector, which this network does not have'
     return ''

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vla_policy_ros.model.weights.plan import Report
+from vla_policy_ros.model.weights.plan import Report, stored_tensors
 from vla_policy_ros.model.weights.random_start import RandomStart
 from vla_policy_ros.model.weights.sources import INDEX_SUFFIX, Source, WeightsError
 
@@ -44,7 +44,7 @@ def write_weights(
     Raises:
         WeightsError: a tensor of a folder cannot be read or is not finite.
     """
-    target = model.state_dict()
+    target = stored_tensors(model)
     shards = _shards(target, dtype, shard_bytes)
     start = RandomStart(model, seed)
     names = ['model.safetensors'] if len(shards) == 1 else [
@@ -68,7 +68,7 @@ def write_weights(
 
 def weights_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
     """What `write_weights` will write."""
-    return sum(_bytes(value, dtype) for value in model.state_dict().values())
+    return sum(_bytes(value, dtype) for value in stored_tensors(model).values())
 
 
 def _tensor(
