@@ -57,7 +57,7 @@ class Follower:
     def __init__(
         self, limits: JointLimits, speed: Array, step: float, rate: float, position: Array, velocity: Array
     ) -> None:
-        self._step = step
+        self._half_step = 0.5 * step
         self._rate = rate
         self._speed = speed
         self._gain = limits.acceleration * step
@@ -114,14 +114,12 @@ class Follower:
 
     def _advance(self, wanted: Array) -> None:
         position, velocity = self._positions[-1], self._velocities[-1]
-        step, gain = self._step, self._gain
         # Speed towards each position limit after this step from which full braking on the grid surely stops before it:
-        # v'^2 / 2a plus at most one chord's sagitta, solved for v'.
-        room = self._bounds - self._signs * (position + (0.5 * step) * velocity)
-        stoppable = np.sqrt(self._twice * np.maximum(room, 0.0)) - self._half_gain
-        allowed = np.maximum(stoppable, 0.0)
-        chosen = np.minimum(np.maximum(wanted, -self._speed), self._speed)
-        chosen = np.minimum(np.maximum(chosen, -allowed[1]), allowed[0])
-        chosen = np.minimum(np.maximum(chosen, velocity - gain), velocity + gain)
-        self._positions.append(position + (0.5 * step) * (velocity + chosen))
+        # v'^2 / 2a plus at most one chord's sagitta, solved for v'; and never more than the speed that may be chosen.
+        room = self._bounds - self._signs * (position + self._half_step * velocity)
+        allowed = np.sqrt(self._twice * np.maximum(room, 0.0)) - self._half_gain
+        allowed = np.minimum(np.maximum(allowed, 0.0), self._speed)
+        chosen = np.minimum(np.maximum(wanted, -allowed[1]), allowed[0])
+        chosen = np.minimum(np.maximum(chosen, velocity - self._gain), velocity + self._gain)
+        self._positions.append(position + self._half_step * (velocity + chosen))
         self._velocities.append(chosen)
