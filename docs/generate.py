@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from vla_policy_ros.robot import Action, Camera, Controller, Instruction, JointLimit, Robot, State, Timing
+from vla_policy_ros.robot import Action, Box, Camera, Controller, Instruction, JointLimit, Robot, State, Timing, WorkspaceLimit
 
 DOCS = Path(__file__).parent
 
@@ -31,6 +31,8 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ('`limits.<joint>`', JointLimit),
     ('`controllers.<name>`', Controller),
     ('`timing`', Timing),
+    ('`workspace`', WorkspaceLimit),
+    ('`workspace.box`', Box),
 )
 
 _INTRODUCTION = """# Robot file

@@ -34,6 +34,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     'model': (set(), {'numpy', *NETWORK}),
     'policy': ({'model', 'robot', 'types'}, {'numpy', *NETWORK}),
     'control': ({'robot', 'types'}, {'numpy'}),
+    'control/kinematics': (set(), {'numpy', 'mujoco'}),  # on demand: see test_importing_a_room_stays_light
     'runtime': (BELOW_RUNTIME, {'numpy'}),
     'ros': ({'runtime', *BELOW_RUNTIME, 'resources'}, {'numpy', 'cv2', 'av', 'rosbags', *ROS}),
     'replay': ({'runtime', *BELOW_RUNTIME, 'resources'}, {'numpy', 'rosbags', 'matplotlib'}),
@@ -162,11 +163,14 @@ def test_no_room_reads_the_wall_clock(root: Path) -> None:
     ('room', 'absent'),
     [
         ('control', ['torch', 'rclpy', 'mujoco', 'transformers', 'cv2']),
+        ('control.workspace', ['torch', 'rclpy', 'mujoco', 'transformers', 'cv2']),
         ('observation', ['torch', 'rclpy', 'mujoco', 'transformers']),
         ('robot', ['torch', 'rclpy', 'mujoco', 'cv2']),
         ('types', ['torch', 'rclpy', 'mujoco', 'cv2', 'pydantic']),
         ('runtime', ['torch', 'rclpy', 'mujoco', 'transformers']),
         ('policy', ['torch', 'rclpy', 'mujoco', 'transformers']),
+        ('replay.bag_trajectories', ['torch', 'rclpy', 'mujoco', 'cv2']),
+        ('replay.trajectory_lint', ['torch', 'rclpy', 'mujoco', 'cv2', 'rosbags']),
         ('sim', ['torch', 'rclpy', 'transformers']),
         ('cli', ['torch', 'rclpy', 'mujoco', 'transformers', 'cv2', 'av']),
     ],

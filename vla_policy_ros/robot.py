@@ -101,9 +101,7 @@ class Action(_Section):
     representation: Literal['absolute', 'delta'] = Field(
         'absolute', description='`delta`: the model predicts target minus the observed state; the chunk is absolute either way.'
     )
-    absolute_joints: tuple[JointName, ...] = Field(
-        (), description='Joints that stay absolute under `delta`, such as grippers.'
-    )
+    absolute_joints: tuple[JointName, ...] = Field((), description='Joints that stay absolute under `delta`, such as grippers.')
     period: PositiveSeconds = Field(description='Control period: time between two actions of a chunk, s.')
     horizon: int = Field(gt=0, le=200, description='Actions per chunk.')
 
@@ -145,14 +143,47 @@ class Controller(_Section):
     """A controller that executes some of the action joints."""
 
     topic: Topic = Field(description='Command topic of the controller.')
-    type: Literal['joint_trajectory'] = Field(
-        'joint_trajectory', description='Interface: trajectory_msgs/JointTrajectory as joint_trajectory_controller takes it.'
+    type: Literal['joint_trajectory', 'forward_command'] = Field(
+        'joint_trajectory',
+        description='`joint_trajectory`: trajectory_msgs/JointTrajectory, as joint_trajectory_controller takes it. '
+        '`forward_command`: std_msgs/Float64MultiArray, one position per joint and controller period, as '
+        'forward_command_controller takes it.',
     )
-    joints: tuple[JointName, ...] = Field(min_length=1, description='All joints of the controller.')
+    joints: tuple[JointName, ...] = Field(
+        min_length=1, description='All joints of the controller; for `forward_command` in its own order.'
+    )
     state_topic: Topic | None = Field(
-        None, description='Topic of the controller state, whose reference anchors the first trajectory.'
+        None,
+        description='Topic of the controller state, whose reference anchors the first trajectory and shows whether trajectories '
+        'are accepted. None for `forward_command`, which has none.',
     )
     update_rate: float = Field(100.0, gt=0.0, le=2000.0, description='Update rate of the controller manager, Hz.')
+    node: Topic | None = Field(
+        None,
+        description='Node of the controller, which is asked for its parameters. None: `topic` without `/joint_trajectory` or '
+        '`/commands`.',
+    )
+    distro: Literal['humble', 'jazzy', 'kilted', 'rolling'] | None = Field(
+        None, description='ROS 2 distribution that the controller runs on. None: that of the policy node (`ROS_DISTRO`).'
+    )
+    action: Topic | None = Field(
+        None,
+        description='control_msgs/FollowJointTrajectory action of the controller, for moves to `home` and `park`. None: its topic.',
+    )
+
+    @property
+    def parameter_node(self) -> str | None:
+        """Name of the controller's node, or None where neither `node` nor the name of the topic tells."""
+        stem = self.topic.removesuffix('/joint_trajectory' if self.type == 'joint_trajectory' else '/commands')
+        return self.node or (stem if stem != self.topic else None)
+
+    @model_validator(mode='after')
+    def _state_of_its_type(self) -> Controller:
+        if self.type == 'forward_command' and self.state_topic is not None:
+            raise ValueError(f'a forward_command controller reports no reference: remove state_topic {self.state_topic}')
+        if self.type == 'forward_command' and self.action is not None:
+            raise ValueError(f'a forward_command controller has no action: remove action {self.action}')
+        return self
 
 
 class Timing(_Section):
@@ -167,6 +198,43 @@ class Timing(_Section):
     max_future: PositiveSeconds = Field(0.05, description='A stamp further ahead of the clock than this is refused, s.')
 
 
+Point = tuple[float, float, float]
+
+
+class Box(_Section):
+    """A box along the axes of the base link (REP-103: x forward, y left, z up)."""
+
+    lower: Point = Field(description='Smallest x, y and z, m.')
+    upper: Point = Field(description='Largest x, y and z, m.')
+
+
+class WorkspaceLimit(_Section):
+    """A box that the tip of the arm stays in, computed from a URDF on the interpolated curve. A motion that would leave it ends at
+    rest inside; a tip that is outside at the start may only come in."""
+
+    urdf: str = Field(min_length=1, description='Path of the URDF (not xacro), relative to the robot file.')
+    tip: str = Field(min_length=1, description='Link whose origin is kept in the box.')
+    base: str | None = Field(None, description='Link above the tip that the box is fixed to. None: the root of the URDF.')
+    box: Box = Field(description='The box.')
+    margin: float = Field(0.0, ge=0.0, description='Distance from the faces that a motion keeps, m.')
+    held: dict[JointName, float] = Field(
+        {}, description='Positions of joints that the policy does not command, rad or m; 0 where none is given.'
+    )
+    unrelated: tuple[JointName, ...] = Field(
+        (), description='Action joints that do not move the tip and that the URDF need not have, such as a gripper.'
+    )
+
+    @model_validator(mode='after')
+    def _not_empty(self) -> WorkspaceLimit:
+        for axis, lower, upper in zip('xyz', self.box.lower, self.box.upper, strict=True):
+            if not lower + self.margin < upper - self.margin:
+                raise ValueError(
+                    f'box is empty in {axis}: from {lower:g} to {upper:g} m with a margin of {self.margin:g} m on each side; '
+                    'make it larger or the margin smaller'
+                )
+        return self
+
+
 class Robot(_Section):
     """The whole robot file."""
 
@@ -178,6 +246,15 @@ class Robot(_Section):
     limits: dict[JointName, JointLimit] = Field(description='Planning limits of every action joint.')
     controllers: dict[Name, Controller] = Field(min_length=1, description='Controllers by name.')
     timing: Timing = Field(default_factory=Timing, description='Freshness and skew limits.')
+    workspace: WorkspaceLimit | None = Field(None, description='Cartesian limit of the tip. None: joint limits only.')
+    home: dict[JointName, float] | None = Field(
+        None,
+        min_length=1,
+        description='Pose that `~/home` moves to, joint to position; joints left out stay. None: no such service.',
+    )
+    park: dict[JointName, float] | None = Field(
+        None, min_length=1, description='The same for `~/park`, where the robot may stay when nobody uses it.'
+    )
 
     @model_validator(mode='after')
     def _consistent(self) -> Robot:
@@ -187,10 +264,14 @@ class Robot(_Section):
             *_repeated('action.joints', self.action.joints),
             *self._limit_problems(),
             *self._controller_problems(),
+            *self._pose_problems(),
         ]
         for joint in self.action.absolute_joints:
             if joint not in self.action.joints:
                 problems.append(f'action.absolute_joints: {_unknown(joint, self.action.joints)}')
+        if self.workspace is not None:
+            unknown = [joint for joint in self.workspace.unrelated if joint not in self.action.joints]
+            problems += [f'workspace.unrelated: {_unknown(joint, self.action.joints)}' for joint in unknown]
         if self.action.representation == 'delta':
             missing = [j for j in self.action.joints if j not in self.state.joints and j not in self.action.absolute_joints]
             if missing or 'position' not in self.state.fields:
@@ -225,6 +306,23 @@ class Robot(_Section):
             )
         return problems
 
+    def _pose_problems(self) -> list[str]:
+        problems = []
+        for name, pose in self.poses.items():
+            for joint, position in pose.items():
+                if joint not in self.action.joints:
+                    problems.append(f'{name}: {_unknown(joint, self.action.joints)}')
+                elif joint in self.limits and not self.limits[joint].position[0] <= position <= self.limits[joint].position[1]:
+                    low, high = self.limits[joint].position
+                    problems.append(f'{name}: {position:g} of joint {joint!r} is outside its limits [{low:g}, {high:g}]')
+        return problems
+
+    @property
+    def poses(self) -> dict[str, dict[str, float]]:
+        """The poses that the robot can be sent to, by name: those of `home` and `park` that are given."""
+        named = {'home': self.home, 'park': self.park}
+        return {name: pose for name, pose in named.items() if pose is not None}
+
     @property
     def camera_names(self) -> tuple[str, ...]:
         """Camera names in the order the model sees them."""
@@ -247,11 +345,14 @@ def load_robot(path: str | Path) -> Robot:
         text = path.read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as error:
         raise RobotFileError(f'robot file {path}: cannot be read ({error}); give the path of a YAML robot file') from error
-    return parse_robot(text, source=str(path))
+    return parse_robot(text, source=str(path), folder=path.absolute().parent)
 
 
-def parse_robot(text: str, source: str = 'robot file') -> Robot:
-    """Validate the text of a robot file; ``source`` names it in messages. Raises RobotFileError."""
+def parse_robot(text: str, source: str = 'robot file', folder: Path | None = None) -> Robot:
+    """Validate the text of a robot file. Raises RobotFileError.
+
+    ``source`` names it in messages; paths in it are relative to ``folder``, or stay as they are where that is None.
+    """
     try:
         data = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
@@ -259,10 +360,18 @@ def parse_robot(text: str, source: str = 'robot file') -> Robot:
     if not isinstance(data, dict):
         raise RobotFileError(f'{source}: must be a mapping with the keys {", ".join(Robot.model_fields)}')
     try:
-        return Robot.model_validate(data)
+        robot = Robot.model_validate(data)
     except ValidationError as error:
         lines = [f'  {problem}' for problem in _explain(error)]
         raise RobotFileError('\n'.join([f'{source}: {len(lines)} problem(s)', *lines])) from error
+    return robot if folder is None else _with_paths_from(folder, robot)
+
+
+def _with_paths_from(folder: Path, robot: Robot) -> Robot:
+    if robot.workspace is None:
+        return robot
+    urdf = str(folder / robot.workspace.urdf)
+    return robot.model_copy(update={'workspace': robot.workspace.model_copy(update={'urdf': urdf})})
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -308,7 +417,15 @@ def _explain(error: ValidationError) -> list[str]:
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:
     """The keys that the schema allows at a place such as ``('cameras', 'scene')``."""
     mapped: dict[str, type[BaseModel]] = {'cameras': Camera, 'controllers': Controller, 'limits': JointLimit}
-    singles: dict[str, type[BaseModel]] = {'state': State, 'instruction': Instruction, 'action': Action, 'timing': Timing}
+    singles: dict[str, type[BaseModel]] = {
+        'state': State,
+        'instruction': Instruction,
+        'action': Action,
+        'timing': Timing,
+        'workspace': WorkspaceLimit,
+    }
     place = str(location[0]) if location else ''
+    if location[:2] == ('workspace', 'box'):
+        return list(Box.model_fields)
     section = mapped.get(place) if len(location) > 1 else singles.get(place)
     return list((section or Robot).model_fields)

@@ -25,6 +25,12 @@ def print_robot(robot: Robot, path: Path, console: Console | None = None) -> Non
         f'{action.representation}. Cameras may differ by {timing.max_camera_skew:g} s, '
         f'image and state by {timing.max_state_skew:g} s.'
     )
+    if robot.workspace is not None:
+        box = robot.workspace.box
+        sides = ', '.join(f'{axis} {low:g} .. {high:g}' for axis, low, high in zip('xyz', box.lower, box.upper, strict=True))
+        base = robot.workspace.base or 'the root of the URDF'
+        where = f'{sides} m of {base} ({robot.workspace.urdf})'
+        console.print(f'{robot.workspace.tip} stays {robot.workspace.margin:g} m inside {where}.')
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -56,17 +62,18 @@ def _intrinsics(camera: Camera) -> tuple[str, str]:
 
 
 def _joints(robot: Robot) -> Table:
-    table = _table('Joints', 'joint', 'state', 'action', 'position', 'velocity', 'acceleration')
+    table = _table('Joints', 'joint', 'state', 'action', 'position', 'velocity', 'acceleration', 'jerk')
     names = [*robot.action.joints, *(joint for joint in robot.state.joints if joint not in robot.action.joints)]
     state = robot.state.names
     for joint in names:
         places = ', '.join(f'{state.index(f"{joint}.{field}")}' for field in robot.state.fields if f'{joint}.{field}' in state)
         if joint not in robot.action.joints:
-            table.add_row(joint, places, '', '', '', '')
+            table.add_row(joint, places, '', '', '', '', '')
             continue
         limit = robot.limits[joint]
         span = f'{limit.position[0]:g} .. {limit.position[1]:g}'
-        table.add_row(joint, places, str(robot.action.joints.index(joint)), span, f'{limit.velocity:g}', f'{limit.acceleration:g}')
+        rates = (f'{limit.velocity:g}', f'{limit.acceleration:g}', '' if limit.jerk is None else f'{limit.jerk:g}')
+        table.add_row(joint, places, str(robot.action.joints.index(joint)), span, *rates)
     return table
 
 

@@ -15,12 +15,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vla_policy_ros.control.acceptance import AcceptanceWatch
 from vla_policy_ros.control.commanded import CommandedMotion
+from vla_policy_ros.control.moves import Moves
 from vla_policy_ros.control.planner import LimitExceeded, Plan, TrajectoryPlanner
 from vla_policy_ros.control.timeline import Chunking, Timeline
 from vla_policy_ros.observation import ObservationAssembler, ObservationError, Snapshot
@@ -51,12 +53,16 @@ class Settings:
         dry_run: plan and report, but never actuate; every plan then starts from the measured state.
         max_inference_time: an inference that takes longer is reported as a stall.
         chunking: how chunks follow each other, see `Timeline`; fixed while the runtime lives.
+        max_not_accepted: the robot is stopped when a controller does not accept this many trajectories in a row; 0 is never.
+        stop_policy: what a soft stop and a deactivation do to the motion: ``brake`` and hold, or go to the pose ``park``.
     """
 
     replan_rate: float = 5.0
     dry_run: bool = False
     max_inference_time: float = 2.0
     chunking: Chunking = 'replace'
+    max_not_accepted: int = 3
+    stop_policy: Literal['brake', 'park'] = 'brake'
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ class Counters:
     chunks: int = 0
     trajectories_published: int = 0
     trajectories_rejected: int = 0
+    trajectories_not_accepted: int = 0
     requests_skipped: int = 0
 
 
@@ -87,6 +94,9 @@ class Listener(Protocol):
 
     def on_trajectory(self, trajectory: JointTrajectory, *, actuate: bool) -> None:
         """A trajectory to show, and to send to the controllers if ``actuate``."""
+
+    def on_move(self, trajectory: JointTrajectory, *, actuate: bool) -> None:
+        """The same, for a move to a pose: nothing follows it soon."""
 
     def on_chunk(self, report: ChunkReport) -> None:
         """A chunk came back and was planned or rejected."""
@@ -155,6 +165,9 @@ class PolicyRuntime:
         self._listener = listener
         self._wake = wake
         self.timeline = Timeline(planner, settings.chunking)
+        self._moves = Moves(planner)
+        self._move_until_ns = 0
+        self._parking = self._astray = False
         self._latencies: deque[float] = deque(maxlen=_LATENCY_WINDOW)
         self._epoch = 0
         self._in_flight: _Request | None = None
@@ -165,6 +178,11 @@ class PolicyRuntime:
         self._stop_reason = ''
         self._fault_reason = ''
         self._controller_reference: tuple[NDArray[np.float64], int] | None = None
+        self._acceptance = {
+            name: AcceptanceWatch(name, controller.joints, planner.limits, planner.emission)
+            for name, controller in robot.controllers.items()
+            if controller.state_topic is not None
+        }
 
     # ---- commands of the operator ------------------------------------------------------------------------------------------
 
@@ -173,32 +191,51 @@ class PolicyRuntime:
         now_ns = self._advance(now_ns)
         self.active, self._has_run, self._plan_problem = True, False, ''
         self.timeline.forget_motion_at_rest()
+        self._forget_acceptance()
         self._new_epoch()
         self._update_state(now_ns)
 
-    def deactivate(self, now_ns: int) -> None:
-        """Brake, then be silent."""
+    def deactivate(self, now_ns: int, *, only_brake: bool = False) -> None:
+        """Brake, or park if that is the stop policy and not ``only_brake``, then be silent."""
         now_ns = self._advance(now_ns)
-        self._brake(now_ns)
+        if only_brake or not (self._parking and self._is_moving(now_ns)):
+            self._end_motion(now_ns, only_brake)
         self.active, self._has_run, self._plan_problem = False, False, ''
         self._new_epoch()
         self._update_state(now_ns)
 
     def stop(self, now_ns: int, reason: str) -> None:
-        """Soft stop: brake, then be silent until ``reset``."""
+        """Soft stop: brake, or park if that is the stop policy, then be silent until ``reset``. A move, too, ends in a brake."""
         now_ns = self._advance(now_ns)
-        self._brake(now_ns)
+        self._end_motion(now_ns, only_brake=False)
         self._stop_reason = reason
         self._new_epoch()
         self._update_state(now_ns)
 
-    def reset(self, now_ns: int) -> None:
-        """Leave a soft stop. The motion starts anew from where the controller holds the robot."""
+    def move(self, pose: str, now_ns: int) -> str:
+        """Soft stop and go to ``pose`` of the robot file. Returns why that is not possible, or ''; then all goes on as before.
+
+        Raises KeyError for a pose that the robot file does not have.
+        """
         now_ns = self._advance(now_ns)
+        problem = self._go_to(pose, now_ns)
+        if not problem:
+            self._stop_reason = f'sent to {pose}; call ~/reset to go on'
+            self._new_epoch()
+            self._update_state(now_ns)
+        return problem
+
+    def reset(self, now_ns: int) -> str:
+        """Leave a soft stop; the motion starts anew from where the controller holds the robot. Returns why it is refused, or ''."""
+        now_ns = self._advance(now_ns)
+        if self._is_moving(now_ns):
+            return f'the robot is {self._stop_reason.split(";")[0]} and not there yet: wait, or call ~/stop first'
         self._stop_reason = ''
         self._plan_problem = ''
         self.timeline.forget_motion_at_rest()
+        self._forget_acceptance()
         self._update_state(now_ns)
+        return ''
 
     def fault(self, now_ns: int, reason: str) -> None:
         """Brake and stay in FAULT: the policy cannot work any more."""
@@ -223,6 +260,26 @@ class PolicyRuntime:
         """Positions ``[A]`` that the controllers commanded at ``stamp_ns``; a motion starts from them rather than from the measured
         ones."""
         self._controller_reference = (positions, stamp_ns)
+        if self.active and not self.settings.dry_run:
+            self.timeline.reconcile(positions, stamp_ns)
+
+    def watch_acceptance(self, name: str, positions: NDArray[np.float64], stamp_ns: int, now_ns: int) -> None:
+        """Controller ``name``, which has a state topic, commanded ``positions [J]`` of its joints at ``stamp_ns``. Warn where it
+        does not follow a trajectory; stop where it follows none."""
+        now_ns = self._advance(now_ns)
+        watch = self._acceptance[name]
+        sentence = watch.observe(positions, stamp_ns, now_ns)
+        if sentence is None:
+            return
+        self.counters.trajectories_not_accepted += 1
+        if not 0 < self.settings.max_not_accepted <= watch.in_a_row or self._stop_reason or not self.active:
+            self._listener.on_warning(sentence)
+            return
+        # Without a brake: where the controller has let go of the motion, that would start from where the robot is not.
+        self._stop_reason = f'{watch.in_a_row} trajectories in a row were not accepted: {sentence}; then call ~/reset'
+        self._astray = True
+        self._new_epoch()
+        self._update_state(now_ns)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------------
 
@@ -236,9 +293,11 @@ class PolicyRuntime:
     def watch(self, now_ns: int) -> None:
         """Judge the inputs, the clock, the inference and the robot; brake where one fails. Call it often: it is cheap."""
         now_ns = self._advance(now_ns)
-        if self.active and not self._stop_reason and not self._fault_reason:
-            self._watch_inference(now_ns)
-            self._watch_following(now_ns)
+        if self.active and not self._fault_reason:
+            if not self._stop_reason:
+                self._watch_inference(now_ns)
+            if not self._stop_reason or self._is_moving(now_ns):
+                self._watch_following(now_ns)
         self._update_state(now_ns)
         if self._replan_wanted and self._may_plan() and self._in_flight is None:
             self._request(now_ns)
@@ -334,6 +393,8 @@ class PolicyRuntime:
         if plan.trajectory is not None:
             self._publish(plan, commanded)
             self.timeline.taken(chunk, plan)
+            if plan.cut:
+                self._listener.on_warning(f'chunk {chunk.sequence} is cut short: {plan.cut}')
             self._plan_problem = ''
             self._has_run = True
         else:
@@ -345,13 +406,17 @@ class PolicyRuntime:
         actuated = plan.trajectory is not None and not self.settings.dry_run
         self._listener.on_chunk(ChunkReport(chunk, plan, actuated, request.snapshot.input_stamps, stages, latency_ms))
 
-    def _publish(self, plan: Plan, commanded: CommandedMotion) -> None:
+    def _publish(self, plan: Plan, commanded: CommandedMotion, *, move: bool = False) -> None:
         assert plan.trajectory is not None
         actuate = not self.settings.dry_run
         if actuate:
-            commanded.accept(plan.trajectory, plan.raw)
+            self.timeline.accept(plan)
             self.counters.trajectories_published += 1
-        self._listener.on_trajectory(plan.trajectory, actuate=actuate)
+            for watch in self._acceptance.values():
+                watch.published(plan.trajectory, plan.seam_ns)
+        self._move_until_ns = commanded.until_ns if move else 0
+        tell = self._listener.on_move if move else self._listener.on_trajectory
+        tell(plan.trajectory, actuate=actuate)
 
     def _commanded(self, now_ns: int) -> CommandedMotion:
         """The commanded motion. After a silence it begins anew where the controllers hold the robot, else where it was measured:
@@ -359,6 +424,7 @@ class PolicyRuntime:
         commanded = self.timeline.commanded
         if commanded is None or self.settings.dry_run or self.timeline.starved():
             commanded = self.timeline.begin(self._anchor(now_ns))
+            self._astray = False
         return commanded
 
     def _anchor(self, now_ns: int) -> NDArray[np.float64]:
@@ -371,9 +437,45 @@ class PolicyRuntime:
                 return positions
         return self.robot.action_positions(state[0])
 
-    def _brake(self, now_ns: int) -> None:
+    def _end_motion(self, now_ns: int, only_brake: bool) -> None:
+        """Stop as the stop policy says. A robot that is stopped already stays: it was parked, or something is wrong."""
+        parks = self.settings.stop_policy == 'park' and self.active and not self.settings.dry_run
+        if parks and not (only_brake or self._stop_reason or self._fault_reason):
+            problem = self._go_to('park', now_ns)
+            if not problem:
+                return
+            self._listener.on_warning(f'not parked: {problem}; the robot brakes where it is')
+        self._brake(now_ns, though_inactive=only_brake)
+
+    def _go_to(self, pose: str, now_ns: int) -> str:
+        """Publish the move to ``pose``; why it cannot be, or ''."""
+        goal, state = self.robot.poses[pose], self.inputs.state
+        if not self.active:
+            return 'the node is not active: activate it first'
+        if not self.timeline.settled:
+            return 'the clock jumped: wait until the last trajectory has come to rest'
+        if self._astray:
+            self.timeline.forget_motion_at_rest()
+            if self.timeline.commanded is not None:
+                return 'the robot does not follow the last trajectory, which has not come to its end: try again in a moment'
+        age = float('inf') if state is None else (now_ns - state[1]) / NS_PER_S
+        if self.timeline.starved() and age > self.robot.timing.max_state_age:
+            return f'it is not known where the robot is: its joint state is {age:.1f} s old; check topic {self.robot.state.topic}'
+        commanded = self._commanded(now_ns)
+        plan = self._moves.move_to(goal, now_ns, commanded)
+        if plan.trajectory is None or plan.cut:
+            return plan.reason or plan.cut
+        self._publish(plan, commanded, move=True)
+        self._parking = pose == 'park'
+        return 'dry run: the move is previewed and not sent' if self.settings.dry_run else ''
+
+    def _is_moving(self, now_ns: int) -> bool:
+        """Whether a move to a pose is under way."""
+        return now_ns < self._move_until_ns
+
+    def _brake(self, now_ns: int, *, though_inactive: bool = False) -> None:
         commanded = self.timeline.commanded
-        if commanded is None or self.settings.dry_run or not self.active:
+        if commanded is None or self.settings.dry_run or not (self.active or though_inactive):
             return
         try:
             stop = self.timeline.brake()
@@ -406,6 +508,7 @@ class PolicyRuntime:
                     f'joint {joint!r} is {difference:.3f} from where it was commanded (limit {limit:g}): '
                     'is the controller active and the robot free? then call ~/reset'
                 )
+                self._astray, self._move_until_ns = True, 0
                 self._new_epoch()
                 return
 
@@ -427,9 +530,15 @@ class PolicyRuntime:
             if self._in_flight is not None:
                 self._in_flight.started_ns = now_ns
             self._controller_reference = None
+            self._move_until_ns = 0
+            self._forget_acceptance()
             self._has_run = False
             self._new_epoch()
         return self.timeline.now_ns
+
+    def _forget_acceptance(self) -> None:
+        for watch in self._acceptance.values():
+            watch.clear()
 
     def _new_epoch(self) -> None:
         """Results of requests made before now will be dropped."""

@@ -78,7 +78,7 @@ def one_case(tools: Any, seed: int) -> None:
             stop = timeline.brake()
             if stop is not None:
                 check(tools, stop, limits, emission, commanded, timeline.now_ns)
-                commanded.accept(stop.trajectory, stop.raw)
+                timeline.accept(stop)
             continue
         horizon = int(rng.integers(1, 16))
         spread = limits.velocity * dt * 1e-3 * rng.choice([0.2, 1.0, 4.0])
@@ -94,7 +94,7 @@ def one_case(tools: Any, seed: int) -> None:
             continue
         assert np.isfinite(actions).all()
         check(tools, plan, limits, emission, commanded, timeline.now_ns)
-        commanded.accept(plan.trajectory, plan.raw)
+        timeline.accept(plan)
         timeline.taken(chunk, plan)
         home = plan.trajectory.positions[-1]
     assert commanded.at_rest(commanded.until_ns)

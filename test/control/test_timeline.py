@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ class Loop:
             commanded = self.timeline.begin(np.zeros(3) if commanded is None else commanded.sample(self.timeline.now_ns)[0])
         plan = self.timeline.plan(chunk, commanded)
         assert plan.trajectory is not None, plan.reason
-        commanded.accept(plan.trajectory, plan.raw)
+        self.timeline.accept(plan)
         self.timeline.taken(chunk, plan)
         self.asked += max(200, latency_ms) * MS
         self.timeline.advance(self.asked)
@@ -142,7 +143,7 @@ def test_an_ensemble_lies_between_its_chunks_and_replace_follows_the_newest(tool
             plan = loop.answer(60, offset=0.03 * (-1) ** index)
         assert plan.trajectory is not None
         commanded, now = loop.timeline.commanded, loop.asked - 200 * MS + 60 * MS
-        when = now + 400 * MS
+        when = now + 600 * MS
         ends[chunking] = commanded.sample(when)[0] - loop.path(np.array([when]))[0]
     newest = -0.03
     np.testing.assert_allclose(ends['replace'], newest, atol=2e-3)
@@ -178,3 +179,49 @@ def test_an_unknown_mode_is_named() -> None:
     with pytest.raises(ValueError, match=r"'async'.*rtc_trained"):
         Timeline(limits_free, 'async')  # type: ignore[arg-type]
     assert len(CHUNKING) == 4
+
+
+@pytest.mark.parametrize('jerk', [None, 100.0])
+def test_after_a_lost_message_the_motion_goes_on_from_what_the_controller_executes(tools: Any, jerk: float | None) -> None:
+    """Two trajectories are lost; the reference shows it, and the next one begins on the curve that is really being executed."""
+    loop = Loop(tools, 'replace')
+    if jerk is not None:
+        limits = replace(loop.limits, jerk=np.full(3, jerk))
+        loop.timeline = Timeline(TrajectoryPlanner(limits, loop.emission), 'replace')
+        loop.timeline.advance(T0)
+        loop.timeline.begin(np.zeros(3))
+    for index in range(3):
+        loop.answer(100, offset=0.02 * index)
+    executed = loop.timeline.commanded.copy()
+    for offset in (0.08, -0.08):
+        loop.answer(100, offset=offset)
+    now = loop.timeline.now_ns
+    heard, _ = executed.sample(now - 10 * MS)
+    assert np.abs(loop.timeline.commanded.sample(now - 10 * MS)[0] - heard).max() > 0.01
+    loop.timeline.reconcile(heard, now - 10 * MS)
+    for time in range(now, now + 300 * MS, 20 * MS):
+        np.testing.assert_allclose(loop.timeline.commanded.sample(time)[0], executed.sample(time)[0], atol=1e-12)
+    plan = loop.answer(100)
+    np.testing.assert_allclose(loop.timeline.commanded.sample(plan.seam_ns)[0], executed.sample(plan.seam_ns)[0], atol=1e-9)
+
+
+def test_a_late_message_that_arrives_after_all_is_followed_again(tools: Any) -> None:
+    loop = Loop(tools, 'replace')
+    for offset in (0.0, 0.02, 0.04):
+        loop.answer(100, offset=offset)
+    newest, now = loop.timeline.commanded.copy(), loop.timeline.now_ns
+    older = next(motion for motion in reversed(loop.timeline._motions))
+    loop.timeline.reconcile(older.sample(now)[0], now)
+    np.testing.assert_array_equal(loop.timeline.commanded.sample(now)[0], older.sample(now)[0])
+    loop.timeline.reconcile(newest.sample(now + 10 * MS)[0], now + 10 * MS)
+    np.testing.assert_array_equal(loop.timeline.commanded.sample(now + 20 * MS)[0], newest.sample(now + 20 * MS)[0])
+
+
+def test_a_reference_that_lies_on_no_motion_changes_nothing(tools: Any) -> None:
+    loop = Loop(tools, 'replace')
+    for _ in range(3):
+        loop.answer(100)
+    before, now = loop.timeline.commanded, loop.timeline.now_ns
+    loop.timeline.reconcile(before.sample(now)[0] + 0.01, now)
+    loop.timeline.reconcile(before.sample(now)[0], T0 - 10**9)
+    assert loop.timeline.commanded is before

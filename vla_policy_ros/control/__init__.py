@@ -3,10 +3,11 @@
 Enters: an `ActionChunk`, the current time, and the motion commanded so far (`CommandedMotion`). Leaves: a `Plan`, which holds a
 `JointTrajectory` whose interpolant respects every joint limit and ends at rest, or the reason why nothing may be sent. Any
 single thread; nothing here keeps time or state of its own except `CommandedMotion` and the controller emulator, which their
-owner updates. Imports numpy only.
+owner updates. Imports numpy only; MuJoCo when a workspace is configured, to read its URDF.
 
 - `limits`: position, velocity and acceleration limits as arrays.
 - `check`: exact extrema of a trajectory's cubic interpolant, the last gate before anything is published.
+- `kinematics`, `workspace`: where the tip of the arm is, and a box that it stays in on the interpolant.
 - `commanded`: what has been commanded, as one continuous motion.
 - `planner`: expire, splice, follow within the limits, rest.
 - `jtc_trajectory`, `jtc`: emulator of the Jazzy joint_trajectory_controller, for the simulator, the tests and for lint.

@@ -1,8 +1,8 @@
 """The smooth path that action chunks ask for: a cubic through their targets in absolute time, and how it joins a motion.
 
 A new chunk seldom begins exactly where the arm is commanded to be: it was computed from an older, measured state. `JoinedPath`
-lets the difference fade out instead of jumping it: a quintic that has the difference of position, velocity and acceleration at
-the seam, and none of any after the fade, is added to the path.
+lets the difference fade out instead of jumping it: a quintic that has the difference of position and velocity at the seam, bends
+nowhere there, and is gone with both its derivatives after the fade, is added to the path.
 """
 
 from __future__ import annotations
@@ -53,6 +53,10 @@ class ChunkPath:
         self._waypoints = np.vstack([position, self._waypoints])
         self._slopes = np.vstack([velocity, self._slopes])
         self.start_ns = t_ns
+
+    def extend_to(self, t_ns: int) -> None:
+        """Begin at ``t_ns``, before waypoint 0, on the straight line that leads into the path."""
+        self.begin_at(t_ns, self._waypoints[0] - self._slopes[0] * ((self.start_ns - t_ns) * 1e-9), self._slopes[0])
 
     def sample(self, times_ns: NDArray[np.int64]) -> tuple[Array, Array]:
         """Positions and velocities ``[N, J]`` at ``times_ns`` ``[N]``; outside the path its ends, standing still."""
@@ -125,19 +129,16 @@ class JoinedPath:
     Args:
         path: what to follow after the fade.
         seam_ns: where the motion is left.
-        position, velocity, acceleration: float64 ``[J]``, the motion at the seam.
+        position, velocity: float64 ``[J]``, the motion at the seam.
         fade_ns: positive.
     """
 
-    def __init__(self, path: Path, seam_ns: int, position: Array, velocity: Array, acceleration: Array, fade_ns: int) -> None:
+    def __init__(self, path: Path, seam_ns: int, position: Array, velocity: Array, fade_ns: int) -> None:
         self.start_ns, self.end_ns = seam_ns, path.end_ns
         self._path = path
         self._fade_s = fade_ns * 1e-9
-        near = np.array([seam_ns, seam_ns + _DIFFERENCE_NS], dtype=np.int64)
-        q, v = path.sample(near)
-        self._quintic = _fading_quintic(
-            position - q[0], velocity - v[0], acceleration - (v[1] - v[0]) / (_DIFFERENCE_NS * 1e-9), self._fade_s
-        )
+        q, v = path.sample(np.array([seam_ns], dtype=np.int64))
+        self._quintic = _fading_quintic(position - q[0], velocity - v[0], self._fade_s)
 
     def sample(self, times_ns: NDArray[np.int64]) -> tuple[Array, Array]:
         """As `Path.sample`, from the seam on."""
@@ -150,19 +151,20 @@ class JoinedPath:
         return q + offset, v + np.where(t < self._fade_s, change, 0.0)
 
 
-_DIFFERENCE_NS = 1_000_000
+def _fading_quintic(q: Array, v: Array, duration: float) -> list[Array]:
+    """Coefficients of the quintic that is at ``q``, moving with ``v``, at 0, and at zero with zero derivatives after ``duration``
+    seconds; its acceleration is zero at both ends.
 
-
-def _fading_quintic(q: Array, v: Array, a: Array, duration: float) -> list[Array]:
-    """Coefficients of the quintic that is at ``q, v, a`` at 0 and at zero, with zero derivatives, after ``duration`` seconds."""
+    The acceleration of a noisy path is not matched: it may be far beyond any limit, and would lead far astray.
+    """
     T = duration
     return [
         q,
         v,
-        a / 2.0,
-        (-20.0 * q - 12.0 * v * T - 3.0 * a * T**2) / (2.0 * T**3),
-        (30.0 * q + 16.0 * v * T + 3.0 * a * T**2) / (2.0 * T**4),
-        (-12.0 * q - 6.0 * v * T - a * T**2) / (2.0 * T**5),
+        np.zeros_like(q),
+        (-10.0 * q - 6.0 * v * T) / T**3,
+        (15.0 * q + 8.0 * v * T) / T**4,
+        (-6.0 * q - 3.0 * v * T) / T**5,
     ]
 
 

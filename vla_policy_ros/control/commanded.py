@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from vla_policy_ros.control.hermite import acceleration, coefficients, evaluate
+from vla_policy_ros.control.hermite import coefficients, evaluate
 from vla_policy_ros.types import NS_PER_S, JointTrajectory
 
 Array = NDArray[np.float64]
@@ -45,6 +45,12 @@ class CommandedMotion:
             raise ValueError(f'rest position of joint {names[int(np.argmin(np.isfinite(q)))]!r} is not finite')
         return cls(names, np.array([t_ns], dtype=np.int64), q[None], np.zeros_like(q)[None])
 
+    def copy(self) -> CommandedMotion:
+        """A motion that later trajectories do not change."""
+        other = CommandedMotion(self.names, self._times, self._positions, self._velocities)
+        other._raw = None if self._raw is None else self._raw.copy()
+        return other
+
     @property
     def raw(self) -> CommandedMotion:
         """The motion before smoothing."""
@@ -62,21 +68,15 @@ class CommandedMotion:
 
     def sample(self, t_ns: int) -> tuple[Array, Array]:
         """Position and velocity ``[J]`` commanded at ``t_ns``."""
-        position, velocity, _ = self.state(t_ns)
-        return position, velocity
-
-    def state(self, t_ns: int) -> tuple[Array, Array, Array]:
-        """Position, velocity and acceleration ``[J]`` commanded at ``t_ns``; at a knot the acceleration of what follows."""
         if t_ns < self._times[0] or t_ns >= self._times[-1]:
             position = self._positions[0 if t_ns < self._times[0] else -1].copy()
-            return position, np.zeros_like(position), np.zeros_like(position)
+            return position, np.zeros_like(position)
         index = int(np.searchsorted(self._times, t_ns, side='right')) - 1
         q0, q1 = self._positions[index], self._positions[index + 1]
         v0, v1 = self._velocities[index], self._velocities[index + 1]
         duration = float(self._times[index + 1] - self._times[index]) * 1e-9
         t = float(t_ns - self._times[index]) * 1e-9
-        c2, c3 = coefficients(q0, v0, q1, v1, duration)
-        return *evaluate(q0, v0, c2, c3, t), acceleration(c2, c3, t)
+        return evaluate(q0, v0, *coefficients(q0, v0, q1, v1, duration), t)
 
     def knots_between(self, after_ns: int, before_ns: int) -> NDArray[np.int64]:
         """Times of the knots strictly between two moments."""

@@ -1,4 +1,8 @@
-"""Emulator of the Jazzy joint_trajectory_controller (4.42): what a message becomes, cycle by cycle.
+"""Emulator of the joint_trajectory_controller: what a message becomes, cycle by cycle.
+
+It is Jazzy's (4.42), with what Humble (2.54), Kilted (5.17) and Rolling (6.9) do differently where ``parameters.distro`` says so:
+Humble commands the trajectory now and not one period ahead, takes its time from the clock, and repeats the state before a new
+trajectory for one update; Rolling blends a new trajectory with the running one.
 
 `JointTrajectoryController` receives messages as the ``~/joint_trajectory`` topic (or goals as the action) would bring them and
 is updated at the controller manager's rate. It reproduces what matters to a sender: validation, the single real-time slot in
@@ -18,6 +22,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import ArrayLike
 
+from vla_policy_ros.control.jtc_blending import blended, can_blend
 from vla_policy_ros.control.jtc_rules import FLT_EPSILON, ControllerParameters, Finding, Rule, validate
 from vla_policy_ros.control.jtc_trajectory import Array, Sample, Trajectory, TrajectoryMessage, TrajectoryPoint
 
@@ -129,6 +134,8 @@ class JointTrajectoryController:
         self._reference = self._written.copy()
         self._holding = True
         self._trajectory_ns = 0
+        self._blended_ns: int | None = None
+        self._was_holding = True
         self._sort_buffer = np.zeros_like(measured)
         self._pending: TrajectoryMessage | None = self._hold_message()
 
@@ -183,14 +190,17 @@ class JointTrajectoryController:
         Raises:
             ValueError: a measured vector does not fit the joints.
         """
-        self._take_pending()
+        self._take_pending(now_ns, self.parameters.update_period_ns if period_ns is None else period_ns)
         self._read_state(measured_positions, measured_velocities)
         self._advance(now_ns, self.parameters.update_period_ns if period_ns is None else period_ns)
         method = self.parameters.interpolation_method
         first_sample = not self._trajectory.is_sampled_already
         desired = self._trajectory.sample(self._trajectory_ns, method)
-        ahead_ns = self._trajectory_ns + self.parameters.update_period_ns
-        ahead = self._trajectory.sample(ahead_ns, method, search_monotonically_increasing=False)
+        if self.parameters.distro == 'humble':
+            ahead = desired
+        else:
+            ahead_ns = self._trajectory_ns + self.parameters.update_period_ns
+            ahead = self._trajectory.sample(ahead_ns, method, search_monotonically_increasing=False)
         if desired.state is not None:
             self._reference = desired.state
         if ahead.state is not None:
@@ -210,9 +220,18 @@ class JointTrajectoryController:
 
     # One cycle, in order.
 
-    def _take_pending(self) -> None:
+    def _take_pending(self, now_ns: int, period_ns: int) -> None:
         if self._pending is not None:
             message, self._pending = self._pending, None
+            if self.parameters.allow_trajectory_replacement and can_blend(self._trajectory, self._holding or self._was_holding):
+                # The running trajectory's own clock: it may have drifted from `now_ns`, which stamps speak about.
+                cursor_ns = self._trajectory_ns + round(period_ns * self.speed_scaling)
+                message.stamp_ns += (cursor_ns - now_ns) * (message.stamp_ns != 0)
+                method = self.parameters.interpolation_method
+                self._trajectory.update(blended(self._trajectory, message, self.parameters.joints, cursor_ns, method))
+                self._blended_ns = cursor_ns
+                return
+            self._was_holding = self._holding
             self._fill_partial_goal(message)
             self._sort_to_local_joint_order(message)
             self._trajectory.update(message)
@@ -225,12 +244,18 @@ class JointTrajectoryController:
 
     def _advance(self, now_ns: int, period_ns: int) -> None:
         """Move the trajectory's time by the cycle; the first cycle of a message sets where it starts from."""
-        if self._trajectory.is_sampled_already:
+        if self._blended_ns is not None:
+            self._trajectory_ns, self._blended_ns = self._blended_ns, None
+        elif self.parameters.distro == 'humble':
+            before = self._last_command if self.parameters.open_loop_control else self._measured
+            if not self._trajectory.is_sampled_already:
+                self._trajectory.set_point_before_trajectory_msg(now_ns, before, self._wraparound)
+            self._trajectory_ns = now_ns
+        elif self._trajectory.is_sampled_already:
             # Later clock jumps do not move a running trajectory: only the period counts.
             self._trajectory_ns += round(period_ns * self.speed_scaling)
         else:
-            from_desired = self.parameters.interpolate_from_desired_state or self.parameters.open_loop_control
-            if not from_desired:
+            if not self.parameters.starts_from_command:
                 self._trajectory.set_point_before_trajectory_msg(now_ns, self._measured, self._wraparound)
             else:
                 # The last command is dated by the update that computed it, although it was sampled one period ahead.

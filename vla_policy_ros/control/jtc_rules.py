@@ -7,8 +7,9 @@ passes validation and still hurts: the controller checks neither finiteness nor 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -16,6 +17,22 @@ from vla_policy_ros.control.jtc_trajectory import InterpolationMethod, Trajector
 from vla_policy_ros.types import NS_PER_S
 
 FLT_EPSILON = float(np.finfo(np.float32).eps)
+Distro = Literal['humble', 'jazzy', 'kilted', 'rolling']
+DISTROS: tuple[Distro, ...] = get_args(Distro)
+
+# What the releases set by default where they differ, and the parameters that only some of them have.
+_DISTRO_DEFAULTS: dict[str, dict[str, Any]] = {
+    'humble': {'allow_nonzero_velocity_at_trajectory_end': True},
+    'jazzy': {},
+    'kilted': {},
+    'rolling': {'allow_trajectory_replacement': True},
+}
+_ONLY_IN: dict[str, tuple[Distro, ...]] = {
+    'open_loop_control': ('humble', 'jazzy'),
+    'interpolate_from_desired_state': ('jazzy', 'kilted', 'rolling'),
+    'allow_trajectory_replacement': ('rolling',),
+    'max_deceleration_on_cancel': ('jazzy', 'kilted', 'rolling'),
+}
 
 
 @dataclass(frozen=True)
@@ -24,9 +41,11 @@ class ControllerParameters:
 
     Attributes:
         joints: all joints, in the order of the command.
+        distro: the release of ros2_controllers whose behaviour it has.
         update_rate: Hz, of the controller manager.
         interpolate_from_desired_state: start a new trajectory from the last command instead of the measured state.
-        open_loop_control: the older name of the same behaviour.
+        open_loop_control: the older name of the same behaviour (Humble, Jazzy).
+        allow_trajectory_replacement: blend a new trajectory with the running one instead of forgetting that (Rolling).
         allow_partial_joints_goal: accept a subset of the joints; the others hold.
         allow_nonzero_velocity_at_trajectory_end: accept a last point that still moves.
         allow_integration_in_goal_trajectories: accept points without positions.
@@ -44,6 +63,7 @@ class ControllerParameters:
     update_rate: float = 100.0
     interpolate_from_desired_state: bool = False
     open_loop_control: bool = False
+    allow_trajectory_replacement: bool = False
     allow_partial_joints_goal: bool = False
     allow_nonzero_velocity_at_trajectory_end: bool = False
     allow_integration_in_goal_trajectories: bool = False
@@ -55,6 +75,29 @@ class ControllerParameters:
     max_deceleration_on_cancel: Mapping[str, float] = field(default_factory=dict)
     angle_wraparound: tuple[str, ...] = ()
     effort_command_interface: bool = False
+    distro: Distro = 'jazzy'
+
+    @classmethod
+    def for_distro(cls, distro: str, joints: tuple[str, ...], **changes: Any) -> ControllerParameters:
+        """The defaults of a release, with ``changes``.
+
+        Raises:
+            ValueError: an unknown release, or a parameter that the release does not have and that asks for something.
+        """
+        if distro not in DISTROS:
+            raise ValueError(f'distro {distro!r} is unknown; use one of {", ".join(DISTROS)}')
+        known = {item.name for item in fields(cls)}
+        for name, value in changes.items():
+            if name not in known:
+                raise ValueError(f'joint_trajectory_controller has no parameter {name!r} that matters here')
+            if value and distro not in _ONLY_IN.get(name, DISTROS):
+                raise ValueError(f'{distro} has no parameter {name}; it exists in {", ".join(_ONLY_IN[name])}')
+        return cls(joints=tuple(joints), distro=distro, **{**_DISTRO_DEFAULTS[distro], **changes})
+
+    @property
+    def starts_from_command(self) -> bool:
+        """Whether a new trajectory starts from the last command rather than from the measured state."""
+        return self.interpolate_from_desired_state or self.open_loop_control
 
     @property
     def update_period_ns(self) -> int:
@@ -86,6 +129,8 @@ class Rule(Enum):
     ACCELERATION_WITHOUT_VELOCITY = 'accepted, but 0.0 is commanded on every joint between points'
     STEP_TO_FIRST_POINT = 'accepted, but the command steps to the first point in one cycle'
     SINGLE_POINT = 'accepted, but nothing follows the first point, and releases with replacement never blend it'
+    MOVES_ON = 'accepted, but after its end the last velocity is commanded for ever'
+    PAST_STAMP = 'accepted, but it starts in the past: the command steps into it, or it is replayed late'
     POSITIONS_ONLY = 'accepted, but interpolated linearly: the velocity jumps at every point'
 
 
@@ -95,6 +140,24 @@ class Finding:
 
     rule: Rule
     sentence: str
+
+
+def _lint_for(message: TrajectoryMessage, parameters: ControllerParameters, now_ns: int | None) -> list[Finding]:
+    findings = []
+    points = message.points
+    if points and parameters.allow_nonzero_velocity_at_trajectory_end and np.any(np.abs(points[-1].velocities) > FLT_EPSILON):
+        findings.append(
+            Finding(
+                Rule.MOVES_ON,
+                f'the last point moves at {np.abs(points[-1].velocities).max():.4g} and '
+                'allow_nonzero_velocity_at_trajectory_end lets it: end at rest',
+            )
+        )
+    if points and now_ns is not None and message.stamp_ns > 0:
+        late = (now_ns - message.stamp_ns - points[0].time_from_start_ns) * 1e-9
+        if late > 0 and parameters.allow_trajectory_replacement:
+            findings.append(Finding(Rule.PAST_STAMP, f'its first point was due {late:.3f} s ago: it is replayed from there, late'))
+    return findings
 
 
 def validate(message: TrajectoryMessage, parameters: ControllerParameters, now_ns: int) -> Finding | None:
@@ -156,14 +219,19 @@ def _validate_point(index: int, message: TrajectoryMessage, parameters: Controll
 
 
 def _validate_effort(index: int, point: TrajectoryPoint, parameters: ControllerParameters) -> Finding | None:
-    if point.effort.size and not parameters.effort_command_interface:
+    if point.effort.size and (parameters.distro == 'humble' or not parameters.effort_command_interface):
         return Finding(Rule.EFFORT, f'point {index} has effort values: leave effort empty')
     return None
 
 
-def lint(message: TrajectoryMessage) -> list[Finding]:
-    """What the controller accepts and executes badly in ``message``, one finding per kind."""
-    findings = []
+def lint(
+    message: TrajectoryMessage, parameters: ControllerParameters | None = None, now_ns: int | None = None
+) -> list[Finding]:
+    """What the controller accepts and executes badly in ``message``, one finding per kind.
+
+    ``parameters`` and the time of arrival add what depends on them.
+    """
+    findings = [] if parameters is None else _lint_for(message, parameters, now_ns)
     points, names = message.points, message.joint_names
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

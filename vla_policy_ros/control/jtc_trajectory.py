@@ -121,6 +121,15 @@ class Trajectory:
         """Whether this message has been sampled."""
         return self._sampled
 
+    def copy(self) -> Trajectory:
+        """An independent trajectory in the same state."""
+        other = Trajectory()
+        other._points = [point.copy() for point in self._points]
+        other._start_ns, other._time_before_ns = self._start_ns, self._time_before_ns
+        other._state_before = self._state_before.copy()
+        other._sampled, other._cursor = self._sampled, self._cursor
+        return other
+
     def update(self, message: TrajectoryMessage) -> None:
         """Replace the trajectory. Nothing of the old one is kept except the state before the message."""
         self._points = [point.copy() for point in message.points]

@@ -11,7 +11,7 @@ Enters: a URDF, the commanded joints, two links. Leaves: an immutable `Chain`. A
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -59,12 +59,14 @@ class Chain:
         tip: str,
         base: str | None = None,
         held: Mapping[str, float] | None = None,
+        unrelated: Collection[str] = (),
     ) -> Chain:
         """The chain from link ``base`` (default: the root) to link ``tip`` of the URDF at ``path``.
 
         Args:
             commanded: names of the ``J`` joints, in the order of the position vectors.
             held: positions of joints that are not commanded, 0 where none is given; rad or m.
+            unrelated: commanded joints that the URDF need not have, because they do not move the tip.
 
         Raises:
             UrdfError: the file cannot be read or compiled, a link or joint is not in it, ``base`` is not above ``tip``, a joint of
@@ -72,7 +74,7 @@ class Chain:
         """
         tree = _Tree(Path(path))
         joints = tree.between(base, tip)
-        drives = _drives(tree, commanded, held or {})
+        drives = _drives(tree, commanded, held or {}, unrelated)
         moving = [joint for joint in joints if joint.get('type') != 'fixed']
         links = [drives.of(joint.get('name', '')) for joint in moving]
         if not any(np.any(gain) for gain, _ in links):
@@ -119,7 +121,7 @@ class Chain:
         return bound
 
     def _reach(self, travel: Array) -> Array:
-        """Largest movement of the tip per unit of each joint ``[K]``: its largest distance from the joint's axis, 1 if it slides."""
+        """Largest movement ``[K]`` of the tip per unit of each joint: its largest distance from the axis, 1 if the joint slides."""
         travelled = travel @ np.abs(self.gains) + np.abs(self.shifts)
         reach = np.ones(len(self.revolute))
         # Of the tip in the frame of joint k: its distance from the axis, and from the origin.
@@ -146,8 +148,11 @@ class _Tree:
         if any('xacro' in element.tag for element in robot.iter()):
             raise UrdfError(f'{path}: holds xacro, not plain URDF: expand it with `xacro {path.name} > robot.urdf`')
         self.links = [link.get('name', '') for link in robot.findall('link')]
-        self.joints = {joint.get('name', ''): joint for joint in robot.findall('joint')}
-        self._above = {_end(joint, 'child'): joint for joint in self.joints.values()}
+        joints = robot.findall('joint')
+        self.joints = {joint.get('name', ''): joint for joint in joints}
+        self._above = {_end(joint, 'child'): joint for joint in joints}
+        if not len(joints) == len(self.joints) == len(self._above):
+            raise UrdfError(f'{path}: two joints have the same name or the same child link; a URDF is a tree')
         self.root = next((link for link in self.links if link not in self._above), '')
 
     def between(self, base: str | None, tip: str) -> list[ElementTree.Element]:
@@ -196,13 +201,18 @@ class _Drives:
 _MIMIC = (('multiplier', 1.0), ('offset', 0.0))
 
 
-def _drives(tree: _Tree, commanded: Sequence[str], held: Mapping[str, float]) -> _Drives:
+def _drives(tree: _Tree, commanded: Sequence[str], held: Mapping[str, float], unrelated: Collection[str]) -> _Drives:
     """Checks that every joint that is named is one that moves, and that no joint is both held and commanded."""
     movable = [name for name, joint in tree.joints.items() if joint.get('type') != 'fixed']
-    for kind, names in (('commanded', commanded), ('held', held)):
-        for name in names:
-            if name not in movable:
-                raise UrdfError(f'{tree.path}: {kind} joint {_unknown(name, "moving joint", movable)}')
+    for name in commanded:
+        if name not in movable and name not in unrelated:
+            problem = _unknown(name, 'moving joint', movable)
+            raise UrdfError(
+                f'{tree.path}: commanded joint {problem}; a joint that does not move the tip may be listed as unrelated'
+            )
+    for name in held:
+        if name not in movable:
+            raise UrdfError(f'{tree.path}: held joint {_unknown(name, "moving joint", movable)}')
     for name in held:
         if name in commanded or tree.joints[name].find('mimic') is not None:
             raise UrdfError(f'{tree.path}: joint {name!r} is commanded, or mimics another, and cannot be held as well')

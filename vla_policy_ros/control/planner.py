@@ -34,10 +34,13 @@ from vla_policy_ros.control.commanded import CommandedMotion
 from vla_policy_ros.control.follower import Follower, Knots
 from vla_policy_ros.control.limits import JointLimits
 from vla_policy_ros.control.smoothing import Smoother
+from vla_policy_ros.control.workspace import Band, Workspace, fit_inside
 from vla_policy_ros.types import NS_PER_S, ActionChunk, JointTrajectory
 
 Array = NDArray[np.float64]
 NS_PER_MS = 1_000_000
+# How long an older chunk of an ensemble takes to lose its weight before it ends: shorter is rough where chunks end early.
+ENSEMBLE_TAPER_S = 0.4
 
 
 class Rejection(Enum):
@@ -48,6 +51,7 @@ class Rejection(Enum):
     OUT_OF_LIMITS = 'an action lies too far outside the position limits'
     TOO_FAR = 'the chunk starts too far from the commanded position'
     CLOCK_JUMPED = 'the clock is behind the commanded motion'
+    OUTSIDE_WORKSPACE = 'the tip of the arm would be outside the workspace'
     LIMIT_EXCEEDED = 'the planned trajectory exceeds a limit'
 
     @property
@@ -148,6 +152,7 @@ class Plan:
         bent: whether the chunk's path is followed step by step, as limits on speed, acceleration or jerk demand; False where it is
             executed as it is.
         raw: the trajectory before the smoothing of a jerk limit; None where none is smoothed. `CommandedMotion.accept` wants it.
+        cut: why the motion ends at rest before the chunk does, to stay in the workspace; empty where it does not.
     """
 
     trajectory: JointTrajectory | None
@@ -159,13 +164,15 @@ class Plan:
     seam_ns: int = 0
     bent: bool = False
     raw: JointTrajectory | None = None
+    cut: str = ''
 
 
 class TrajectoryPlanner:
     """Turns chunks, and the wish to stop, into trajectories. Keeps no state between calls."""
 
-    def __init__(self, limits: JointLimits, emission: Emission) -> None:
+    def __init__(self, limits: JointLimits, emission: Emission, workspace: Workspace | None = None) -> None:
         self.limits = limits
+        self.workspace = workspace
         self.emission = emission
         self._speed = limits.velocity * emission.velocity_fraction
         self._margin = (limits.upper - limits.lower) * emission.position_margin
@@ -224,8 +231,14 @@ class TrajectoryPlanner:
                 break
         if exceeded:
             return _reject(Rejection.LIMIT_EXCEEDED, exceeded, expired, seam_jump)
+        cut = ''
+        if self.workspace is not None:
+            kept, cut = self._inside_workspace(trajectory, raw, follower.knots, seam_ns, now_ns, commanded)
+            if kept is None:
+                return _reject(Rejection.OUTSIDE_WORKSPACE, cut, expired, seam_jump)
+            trajectory, raw = kept
         clamped = self._clamped(actions, waypoints, expired, chunk.dt_ns)
-        return Plan(trajectory, None, '', expired, clamped, seam_jump, seam_ns, bent, raw)
+        return Plan(trajectory, None, '', expired, clamped, seam_jump, seam_ns, bent, raw, cut)
 
     def brake(self, now_ns: int, commanded: CommandedMotion) -> Plan | None:
         """The shortest stop from the commanded motion that keeps the limits, or None if it comes to rest by itself at once.
@@ -238,13 +251,21 @@ class TrajectoryPlanner:
         if commanded.raw.at_rest(now_ns):
             return None
         seam_ns = self._seam_ns(now_ns)
-        follower = self._follower(seam_ns, commanded.raw)
-        follower.brake()
-        trajectory, raw = self._assemble(follower.knots, seam_ns, now_ns, commanded)
-        problem = self._exceeds(trajectory, follower, seam_ns)
-        if problem:
-            raise LimitExceeded(f'brake not sent: {problem}')
-        return Plan(trajectory, seam_ns=seam_ns, raw=raw)
+        problem: str | None = None
+        # Each joint on its own stops soonest, and leaves the path; all together they stay near it.
+        for together in (False,) if self.workspace is None else (False, True):
+            follower = self._follower(seam_ns, commanded.raw)
+            if together:
+                follower.rest_together()
+            else:
+                follower.brake()
+            trajectory, raw = self._assemble(follower.knots, seam_ns, now_ns, commanded)
+            problem = self._exceeds(trajectory, follower, seam_ns)
+            if problem is None and self.workspace is not None:
+                problem = self.workspace.judge(trajectory, seam_ns).reason or None
+            if problem is None:
+                return Plan(trajectory, seam_ns=seam_ns, raw=raw)
+        raise LimitExceeded(f'brake not sent: {problem}')
 
     # Steps of plan, in order.
 
@@ -284,13 +305,15 @@ class TrajectoryPlanner:
     def _seam(self, path: ChunkPath, seam_ns: int, commanded: CommandedMotion) -> tuple[float, str]:
         """Distance between chunk and commanded motion where the chunk takes over, and a sentence if it is too far.
 
-        A chunk that begins after the seam takes over at its first action; until then the path leads there from the seam.
+        A chunk that begins later than a fade takes over at its first action; until then the path leads there from the seam.
         """
         over_ns = max(seam_ns, path.start_ns)
         wanted = path.sample(np.array([over_ns]))[0][0]
         present = commanded.sample(over_ns)[0]
-        if path.start_ns > seam_ns:
+        if path.start_ns - seam_ns > round(self.emission.fade_s * NS_PER_S):
             path.begin_at(seam_ns, *commanded.sample(seam_ns))
+        elif path.start_ns > seam_ns:
+            path.extend_to(seam_ns)  # too soon to be there on time: the difference fades out
         distance = np.abs(wanted - present)
         reach = self.limits.velocity * (self.emission.reach_s + (over_ns - seam_ns) * 1e-9)
         joint = int(np.argmax(distance / reach))
@@ -303,8 +326,11 @@ class TrajectoryPlanner:
         return float(distance.max()), problem
 
     def _follower(self, seam_ns: int, motion: CommandedMotion) -> Follower:
+        return self._follower_from(*motion.sample(seam_ns))
+
+    def _follower_from(self, position: Array, velocity: Array) -> Follower:
         step = self.emission.knot_spacing_ns * 1e-9
-        return Follower(self.limits, self._speed, step, self.emission.tracking_rate, *motion.sample(seam_ns))
+        return Follower(self.limits, self._speed, step, self.emission.tracking_rate, position, velocity)
 
     def _with_older(self, path: ChunkPath, older: Sequence[ActionChunk], seam_ns: int) -> Path:
         """The mean of the chunk's path and those of older chunks that still speak about the time after the seam."""
@@ -313,7 +339,7 @@ class TrajectoryPlanner:
             return path
         clipped = [np.clip(self._actions(chunk), self.limits.lower, self.limits.upper) for chunk in live]
         paths = [ChunkPath(chunk.stamp_ns, chunk.dt_ns, rows) for chunk, rows in zip(live, clipped, strict=True)]
-        return EnsemblePath([path, *paths], self.emission.ensemble_decay, 2 * live[0].dt_ns)
+        return EnsemblePath([path, *paths], self.emission.ensemble_decay, round(ENSEMBLE_TAPER_S * NS_PER_S))
 
     def _along(self, path: Path, seam_ns: int, motion: CommandedMotion, bent: bool) -> Follower:
         """From the motion's state at the seam along the path to rest: on it exactly, or ``bent`` by the limits."""
@@ -323,7 +349,7 @@ class TrajectoryPlanner:
         left_ns = max(path.end_ns - seam_ns, 0)
         if left_ns > 0:
             fade_ns = min(round(self.emission.fade_s * NS_PER_S), left_ns)
-            path = JoinedPath(path, seam_ns, *motion.state(seam_ns), fade_ns)
+            path = JoinedPath(path, seam_ns, *motion.sample(seam_ns), fade_ns)
         positions, velocities = path.sample(seam_ns + spacing * np.arange(left_ns // spacing + 1, dtype=np.int64))
         follower = self._follower(seam_ns, motion)
         if bent:
@@ -387,6 +413,40 @@ class TrajectoryPlanner:
             trajectory.velocities[first:],
         )
         return violation(new, reachable, 1e-10) if strictly else violation(new, reachable)
+
+    def _inside_workspace(
+        self,
+        trajectory: JointTrajectory,
+        raw: JointTrajectory | None,
+        knots: Knots,
+        seam_ns: int,
+        now_ns: int,
+        commanded: CommandedMotion,
+    ) -> tuple[tuple[JointTrajectory, JointTrajectory | None] | None, str]:
+        """The trajectory, or the longest part of it that rests inside the workspace, and why it was cut; None for no part."""
+        assert self.workspace is not None
+        first = int(np.searchsorted(trajectory.times_ns, seam_ns - trajectory.start_ns))
+        stops: dict[int, tuple[JointTrajectory, JointTrajectory | None]] = {}
+
+        def stop(knot: int) -> JointTrajectory:
+            row = min(knot - first, len(knots.positions) - 1)
+            follower = self._follower_from(knots.positions[row], knots.velocities[row])
+            follower.rest_together()
+            rest = follower.knots
+            shorter = Knots(
+                np.vstack([knots.positions[:row], rest.positions]), np.vstack([knots.velocities[:row], rest.velocities])
+            )
+            stops[knot] = self._assemble(shorter, seam_ns, now_ns, commanded)
+            return stops[knot][0]
+
+        fit = fit_inside(trajectory, self.workspace, stop, seam_ns)
+        if fit.verdict.band is Band.PASS:
+            return (trajectory, raw), ''
+        if fit.last_knot is None:
+            return None, fit.verdict.reason
+        kept = stops[fit.last_knot]
+        exceeded = self._exceeds(kept[0], self._follower(seam_ns, commanded.raw), seam_ns)
+        return (None, exceeded) if exceeded else (kept, fit.verdict.reason)
 
     def _clamped(self, actions: Array, waypoints: Array, expired: int, dt_ns: int) -> tuple[str, ...]:
         clipped = np.any(actions[expired:] != waypoints[expired:], axis=0)

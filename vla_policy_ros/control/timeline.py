@@ -27,6 +27,9 @@ CHUNKING: tuple[Chunking, ...] = ('replace', 'ensemble', 'rtc_guided', 'rtc_trai
 _RATE_WINDOW = 20
 _DELAY_WINDOW = 8
 _ENSEMBLE_CHUNKS = 8
+_RECENT_MOTIONS = 6
+# A reference this close to a motion (rad, or the joint's unit) lies on it; senders and controllers interpolate alike.
+_SAME_MOTION = 1e-5
 _JUMP_BACK_NS = NS_PER_S // 5
 _LEAP_AHEAD_NS = NS_PER_S
 
@@ -52,6 +55,7 @@ class Timeline:
         self._chunks: deque[ActionChunk] = deque(maxlen=_ENSEMBLE_CHUNKS)
         self._delays_ns: deque[int] = deque(maxlen=_DELAY_WINDOW)
         self._warm = False
+        self._motions: deque[CommandedMotion] = deque(maxlen=_RECENT_MOTIONS)
 
     # ---- the clock -----------------------------------------------------------------------------------------------------------
 
@@ -64,6 +68,7 @@ class Timeline:
             # until that one has come to rest.
             settling_ns = round(self.moving_for(self.now_ns) * NS_PER_S)
             self.commanded = None
+            self._motions.clear()
             self._chunk_times.clear()
             self.forget_chunks()
             self.now_ns, self._settled_ns = now_ns, now_ns + settling_ns
@@ -80,13 +85,37 @@ class Timeline:
     def begin(self, positions: Array) -> CommandedMotion:
         """The commanded motion begins anew, at rest at ``positions`` ``[J]``."""
         self.commanded = CommandedMotion.from_rest(self._planner.limits.names, positions, self.now_ns)
+        self._motions.clear()
         self.forget_chunks()
         return self.commanded
+
+    def accept(self, plan: Plan) -> None:
+        """``plan`` has been sent: from its seam on its trajectory is what is commanded."""
+        assert self.commanded is not None and plan.trajectory is not None
+        self._motions.append(self.commanded.copy())
+        self.commanded.accept(plan.trajectory, plan.raw)
+
+    def reconcile(self, positions: Array, stamp_ns: int) -> None:
+        """The controllers' reference was at ``positions`` ``[J]`` at ``stamp_ns``: go on from the motion that it lies on.
+
+        That is the newest one, unless a message was lost or is late; then an earlier motion is still being executed, and a
+        trajectory that continued the newest would begin where the arm is not commanded to be.
+        """
+        if self.commanded is None or not self._motions or stamp_ns < self.commanded.since_ns:
+            return
+        if _distance(self.commanded, positions, stamp_ns) <= _SAME_MOTION:
+            return
+        nearest = min(self._motions, key=lambda motion: _distance(motion, positions, stamp_ns))
+        if _distance(nearest, positions, stamp_ns) <= _SAME_MOTION:
+            self._motions.remove(nearest)
+            self._motions.append(self.commanded)
+            self.commanded = nearest
 
     def forget_motion_at_rest(self) -> None:
         """A robot at rest may have been moved by others since; one still moving continues from its commanded motion."""
         if self.commanded is not None and self.commanded.at_rest(self.now_ns):
             self.commanded = None
+            self._motions.clear()
 
     def forget_chunks(self) -> None:
         """What earlier chunks wanted no longer counts: the instruction has changed, the motion was braked or begins anew. The next
@@ -160,3 +189,7 @@ class Timeline:
         times = self._chunk_times
         stale = not times or now_ns - times[-1] > 3 * NS_PER_S / expected_hz
         return 0.0 if stale or len(times) < 2 else (len(times) - 1) * NS_PER_S / (times[-1] - times[0])
+
+
+def _distance(motion: CommandedMotion, positions: Array, stamp_ns: int) -> float:
+    return float(np.abs(motion.sample(stamp_ns)[0] - positions).max())
