@@ -35,7 +35,7 @@ def test_version() -> None:
 def test_help_lists_the_commands() -> None:
     result = vla_policy('--help')
     assert result.returncode == 0
-    assert all(command in result.stdout for command in ('demo', 'new', 'check', 'train', 'evaluate'))
+    assert all(command in result.stdout for command in ('demo', 'new', 'check', 'lint', 'train', 'evaluate'))
 
 
 @pytest.mark.parametrize('robot', ['tabletop', 'g1_bottle', str(ROOT / 'config' / 'robots' / 'g1_bottle.yaml')])
@@ -92,6 +92,13 @@ def test_demo_refuses_what_does_not_exist(tmp_path: Path, option: str, words: st
     assert result.returncode == 2
     assert words in result.stderr
     assert not (tmp_path / 'out').exists()
+
+
+def test_lint_refuses_a_bag_that_does_not_exist(tmp_path: Path) -> None:
+    result = vla_policy('lint', str(tmp_path / 'absent'))
+    assert (result.returncode, result.stdout) == (2, '')
+    assert 'absent does not exist; give the folder of a rosbag2 bag' in result.stderr
+    assert 'Traceback' not in result.stderr
 
 
 @pytest.mark.parametrize('command', ['train', 'evaluate'])

@@ -5,16 +5,20 @@ Enters: arguments. Leaves: an exit code: 0 done, 1 ran but failed, 2 could not b
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vla_policy_ros import __version__
+
+if TYPE_CHECKING:
+    from vla_policy_ros.replay.recording import Recording
 
 app = typer.Typer(
     help='A 3D vision-language-action policy as a ROS 2 node.',
@@ -174,6 +178,70 @@ def check(robot: Annotated[str, typer.Argument(help='Robot file: a path, or the 
     with _sentence_instead_of_traceback(OSError, ValueError):
         path = robot_path(robot)
         print_robot(load_robot(path), path)
+
+
+@app.command()
+def lint(
+    bag: Annotated[Path | None, typer.Argument(help='Bag: folder, .mcap or .db3. Without it, the live --topic.')] = None,
+    topic: Annotated[str | None, typer.Option(help='Command topic. Without it, all of the bag, or those of --robot.')] = None,
+    profile: Annotated[str, typer.Option(help='Release of ros2_controllers: humble, jazzy, kilted or rolling.')] = 'jazzy',
+    param: Annotated[
+        list[str] | None,
+        typer.Option(help='Controller parameter, such as interpolate_from_desired_state=true. Give it as often as needed.'),
+    ] = None,
+    update_rate: Annotated[float | None, typer.Option(help="Of the controller, Hz; else the robot file's, else 100.")] = None,
+    velocity: Annotated[float | None, typer.Option(help="Limit of every joint, per second; else the robot file's.")] = None,
+    robot: Annotated[str | None, typer.Option(help='Robot file: a path, or the name of a shipped one.')] = None,
+    json_file: Annotated[str | None, typer.Option('--json', help='Also write the report to this file; - prints only that.')] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, max=86400.0, help='How long to listen to a live topic.')] = 10.0,
+) -> None:
+    """Say which trajectories a controller would reject or turn into a step, and why.
+
+    Ends with 0 where nothing was found, 1 with findings, 2 where it could not begin.
+    """
+    from vla_policy_ros.replay.lint_profile import ControllerChoice, parse_changes
+    from vla_policy_ros.replay.lint_report import LintReport
+    from vla_policy_ros.replay.trajectory_lint import lint_recording
+    from vla_policy_ros.resources import robot_path
+    from vla_policy_ros.robot import load_robot
+
+    with _sentence_instead_of_traceback(OSError, ValueError):
+        known = None if robot is None else load_robot(robot_path(robot))
+        choice = ControllerChoice(profile, parse_changes(param or ()), update_rate, velocity, known)
+        recordings = _recordings(bag, topic, choice.command_topics, seconds)
+        controllers = [choice.parameters_for(recording) for recording in recordings]
+        topics = [
+            lint_recording(recording, controller, choice.velocity_limits(controller.joints))
+            for recording, controller in zip(recordings, controllers, strict=True)
+        ]
+        report = LintReport(str(bag or topic), choice.distro, choice.changes, tuple(topics))
+        text = json.dumps(report.to_dict(), indent=2, allow_nan=False)
+        if json_file not in (None, '-'):
+            Path(json_file).write_text(text + '\n', encoding='utf-8')
+    for line in [text] if json_file == '-' else report.lines():
+        typer.echo(line)
+    raise typer.Exit(0 if report.clean else 1)
+
+
+def _recordings(bag: Path | None, topic: str | None, preferred: Sequence[str], seconds: float) -> list[Recording]:
+    """From the bag, or live. Raises ValueError or OSError where there is nothing to judge."""
+    if bag is not None:
+        from vla_policy_ros.replay.bag_trajectories import read_recordings
+
+        return read_recordings(bag, topic, preferred)
+    if topic is None:
+        raise ValueError('give a bag, or the command topic of a live system with --topic')
+    from vla_policy_ros.replay.recording import recording_from_messages, state_topic_of
+
+    try:
+        from vla_policy_ros.ros.lint_topic import LiveTopicError, listen
+    except ImportError as error:
+        raise ValueError(f'a live topic needs ROS 2 ({error}): source its setup file, or give a bag') from error
+    try:
+        heard = listen(topic, state_topic_of(topic), seconds, lambda line: typer.echo(line, err=True))
+    except LiveTopicError as error:
+        raise ValueError(str(error)) from error
+    return [recording_from_messages(topic, heard.trajectories, heard.states)]
 
 
 @app.command(context_settings=_PASS_THROUGH, add_help_option=False)
