@@ -24,6 +24,7 @@ from std_msgs.msg import String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
+from vla_policy_ros.ros.controllers import ParameterReader
 from vla_policy_ros.ros.inputs import controller_state_type
 from vla_policy_ros.sim.world import TabletopWorld
 
@@ -194,6 +195,22 @@ def test_bad_trajectory_is_refused_with_the_reason_and_a_good_one_is_executed(si
     assert process.wait(timeout=15) == 0
     report = json.loads(report_file.read_text())
     assert report['trajectories']['accepted'] == 1 and report['trajectories']['rejections'] == {'UNKNOWN_JOINT': 1}
+
+
+@pytest.mark.timeout(90)
+def test_controllers_tell_their_parameters_as_those_of_a_robot_do(simulator):
+    listener, _, _ = simulator
+    heard = {}
+    for name in ('joint_trajectory_controller', 'controller_manager'):
+        reader = ParameterReader(listener.node, f'/{name}', lambda parameter: parameter != 'use_sim_time')
+        listener.until(lambda reader=reader: reader.poll() or reader.values is not None)
+        heard[name] = reader.values
+        reader.close()
+    assert heard['controller_manager']['update_rate'] == 100
+    values = heard['joint_trajectory_controller']
+    assert values['joints'] == list(TabletopWorld.joint_names)
+    assert values['interpolate_from_desired_state'] is True and values['interpolation_method'] == 'splines'
+    assert values['allow_nonzero_velocity_at_trajectory_end'] is False and values['constraints.goal_time'] == 0.0
 
 
 @pytest.mark.timeout(90)

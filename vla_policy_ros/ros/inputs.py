@@ -8,6 +8,7 @@ from time import monotonic
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rclpy.lifecycle import LifecycleNode
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, JointState
 from std_msgs.msg import String
@@ -18,6 +19,7 @@ from vla_policy_ros.runtime import PolicyRuntime, without_numbers
 from vla_policy_ros.types import NS_PER_S
 
 _REPEAT_AFTER_S = 10.0
+_SAME_POSITION = 0.02  # of a joint's range
 
 
 class OperatorLog:
@@ -59,9 +61,7 @@ class Inputs:
         log: takes refusals.
     """
 
-    def __init__(
-        self, node: LifecycleNode, robot: Robot, runtime: PolicyRuntime, now: Callable[[], int], log: OperatorLog
-    ) -> None:
+    def __init__(self, node: LifecycleNode, robot: Robot, runtime: PolicyRuntime, now: Callable[[], int], log: OperatorLog) -> None:
         self._node, self._robot, self._runtime, self._now, self._log = node, robot, runtime, now, log
         self._handles: list[Any] = []
         self._expected: dict[str, str] = {}
@@ -113,16 +113,44 @@ class Inputs:
         return self._runtime.instruct(message.data, now_ns)
 
     def _put_controller_state(self, name: str, controller: Controller, message: Any, now_ns: int) -> str | None:
-        """Gather the references of all controllers; hand them on, dated by the oldest, when every one is known."""
+        """What a controller commands: it anchors motions, and shows whether it follows."""
         reference = message if isinstance(message, JointState) else message.reference
         names = list(message.name if isinstance(message, JointState) else message.joint_names)
         positions = list(reference.position if isinstance(message, JointState) else reference.positions)
         if len(names) != len(positions) or not np.isfinite(positions).all():
             return f'controller state on {controller.state_topic} refused: {len(names)} names, positions {positions}'
         stamp_ns = min(message.header.stamp.sec * NS_PER_S + message.header.stamp.nanosec, now_ns)
-        self._references[name] = (stamp_ns, dict(zip(names, positions, strict=True)))
-        known = {joint: value for _, values in self._references.values() for joint, value in values.items()}
-        if all(joint in known for joint in self._robot.action.joints):
-            oldest_ns = min(stamp for stamp, _ in self._references.values())
-            self._runtime.put_controller_reference(np.array([known[j] for j in self._robot.action.joints]), oldest_ns)
+        reported = dict(zip(names, positions, strict=True))
+        self._references[name] = (stamp_ns, reported)
+        if all(joint in reported for joint in controller.joints):
+            self._runtime.watch_acceptance(name, np.array([reported[j] for j in controller.joints]), stamp_ns, now_ns)
+        self._offer_reference()
         return None
+
+    def put_held(self, name: str, positions: NDArray[np.float64], now_ns: int) -> None:
+        """``positions [J]`` were streamed last to controller ``name``, which reports no reference. It holds them, unless the robot
+        was moved since, which shows in the measured state."""
+        state = self._runtime.inputs.state
+        if state is None:
+            return
+        joints = self._robot.controllers[name].joints
+        measured = dict(zip(self._robot.action.joints, self._robot.action_positions(state[0]), strict=True))
+        for joint, position in zip(joints, positions, strict=True):
+            low, high = self._robot.limits[joint].position
+            if abs(measured[joint] - position) > _SAME_POSITION * (high - low):
+                self._references.pop(name, None)
+                return
+        self._references[name] = (now_ns, dict(zip(joints, positions.tolist(), strict=True)))
+        self._offer_reference()
+
+    def _offer_reference(self) -> None:
+        """Where the controllers hold the robot, dated by the oldest report; measured for joints of which none is reported."""
+        state, joints = self._runtime.inputs.state, self._robot.action.joints
+        known = {joint: value for _, values in self._references.values() for joint, value in values.items()}
+        stamps = [stamp_ns for stamp_ns, _ in self._references.values()]
+        if any(joint not in known for joint in joints):
+            if state is None or not known:
+                return
+            known = dict(zip(joints, self._robot.action_positions(state[0]), strict=True)) | known
+            stamps.append(state[1])
+        self._runtime.put_controller_reference(np.array([known[joint] for joint in joints]), min(stamps))

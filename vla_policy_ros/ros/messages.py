@@ -30,9 +30,7 @@ def to_trajectory(trajectory: JointTrajectory, stamp_ns: int) -> JointTrajectory
     """
     message = JointTrajectoryMsg(header=Header(stamp=to_time(stamp_ns)))
     message.joint_names = list(trajectory.joint_names)
-    for time_ns, position, velocity in zip(
-        trajectory.times_ns.tolist(), trajectory.positions, trajectory.velocities, strict=True
-    ):
+    for time_ns, position, velocity in zip(trajectory.times_ns.tolist(), trajectory.positions, trajectory.velocities, strict=True):
         message.points.append(
             JointTrajectoryPoint(
                 positions=array('d', position.tobytes()),

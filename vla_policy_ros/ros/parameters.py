@@ -18,6 +18,7 @@ class Parameter:
     description: str
     range: tuple[float, float] | None = None
     when: str = 'before configure'  # 'at start only' | 'before configure' | 'while inactive' | 'any time'
+    choices: tuple[str, ...] = ()
 
     def descriptor(self) -> ParameterDescriptor:
         """The rcl_interfaces descriptor."""
@@ -35,12 +36,12 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter('checkpoint', '', 'Folder of the checkpoint, or the name of a shipped one.'),
     Parameter('device', 'cpu', 'torch device that the policy runs on, such as cpu or cuda:0.'),
     Parameter('dtype', 'float32', 'torch dtype of the weights: float32 or bfloat16.'),
-    Parameter('num_inference_steps', 0, 'Flow-matching integration steps; 0 takes the checkpoint\'s own number.', (0, 1000)),
+    Parameter('num_inference_steps', 0, "Flow-matching integration steps; 0 takes the checkpoint's own number.", (0, 1000)),
     Parameter(
         'solver',
         '',
         'Integrator: euler, ab2 (second order at the same cost) or midpoint (second order, two evaluations a step); empty takes '
-        'the checkpoint\'s own.',
+        "the checkpoint's own.",
     ),
     Parameter(
         'chunking',
@@ -54,6 +55,29 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter('replan_rate', 5.0, 'New action chunks wanted, Hz.', (0.1, 50.0), 'any time'),
     Parameter('dry_run', False, 'Plan and preview, but send nothing to the controllers.', None, 'while inactive'),
     Parameter('max_inference_time', 2.0, 'An inference that takes longer is reported as a stall, s.', (0.05, 600.0), 'any time'),
+    Parameter(
+        'stop_policy',
+        'brake',
+        'What a soft stop and a deactivation do. brake: brake and hold. park: go to the park pose of the robot file. When the node '
+        'ends, on a fault, and where the robot does not follow, it brakes in either case.',
+        choices=('brake', 'park'),
+    ),
+    Parameter(
+        'check_controllers',
+        'refuse',
+        'What the parameters of the joint trajectory controllers, read from their nodes, may do. refuse: unsafe ones keep the node '
+        'from activating. warn: they are only told. skip: they are not read.',
+        None,
+        'while inactive',
+        ('refuse', 'warn', 'skip'),
+    ),
+    Parameter(
+        'max_not_accepted',
+        3,
+        'The node stops when a controller with a state topic does not accept this many trajectories in a row; 0 only warns.',
+        (0, 1000),
+        'any time',
+    ),
     Parameter(
         'trajectory_stamp',
         'start',
@@ -84,9 +108,19 @@ def values(node: Node) -> dict[str, Any]:
     return {parameter.name: node.get_parameter(parameter.name).value for parameter in PARAMETERS}
 
 
+def wrong_choice(given: dict[str, Any]) -> str | None:
+    """Which of the values given is none that its parameter can have, as a sentence, or None."""
+    for parameter in PARAMETERS:
+        if parameter.choices and given.get(parameter.name, parameter.default) not in parameter.choices:
+            return f'{parameter.name} is {given[parameter.name]!r}; use one of {", ".join(parameter.choices)}'
+    return None
+
+
 def refusal(changes: dict[str, Any], *, configured: bool, active: bool) -> str | None:
     """Why a set of changes may not happen now, as a sentence, or None."""
     known = {parameter.name: parameter for parameter in PARAMETERS}
+    if problem := wrong_choice(changes):
+        return problem
     for name in changes:
         parameter = known.get(name)
         if parameter is None or parameter.when == 'any time':

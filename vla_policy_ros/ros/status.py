@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from time import monotonic
+
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from std_msgs.msg import Header
 
@@ -9,6 +11,7 @@ from vla_policy_msgs.msg import PolicyStatus
 from vla_policy_ros.ros.messages import to_input_status, to_time
 from vla_policy_ros.runtime import PolicyRuntime, State
 
+_CLOCK_STALL_S = 2.0
 _LEVELS = {
     State.WAITING: DiagnosticStatus.WARN,
     State.READY: DiagnosticStatus.OK,
@@ -17,6 +20,24 @@ _LEVELS = {
     State.STOPPED: DiagnosticStatus.WARN,
     State.FAULT: DiagnosticStatus.ERROR,
 }
+
+
+class ClockWatch:
+    """Notices that simulated time is of no use. Ask it each time that a status is published."""
+
+    def __init__(self) -> None:
+        self._seen = (0, monotonic())
+
+    def problem(self, now_ns: int, use_sim_time: bool) -> str:
+        """What is wrong with the node's time ``now_ns``, or an empty string."""
+        if now_ns != self._seen[0]:
+            self._seen = (now_ns, monotonic())
+        if not use_sim_time:
+            return ''
+        if now_ns == 0:
+            return 'use_sim_time is set but no /clock has arrived: start the simulator or the bag player with a clock'
+        stalled = monotonic() - self._seen[1]
+        return f'/clock has not advanced for {stalled:.1f} s' if stalled > _CLOCK_STALL_S else ''
 
 
 def policy_status(runtime: PolicyRuntime, now_ns: int, lifecycle_state: str, hashes: tuple[str, str]) -> PolicyStatus:
@@ -36,6 +57,7 @@ def policy_status(runtime: PolicyRuntime, now_ns: int, lifecycle_state: str, has
         chunks=counters.chunks,
         trajectories_published=counters.trajectories_published,
         trajectories_rejected=counters.trajectories_rejected,
+        trajectories_not_accepted=counters.trajectories_not_accepted,
         requests_skipped=counters.requests_skipped,
         inference_in_flight=runtime.inference_in_flight,
         inference_age=runtime.inference_age(now_ns),
@@ -65,8 +87,8 @@ def diagnostics(status: PolicyStatus, node_name: str, hardware_id: str) -> Diagn
     """The same as diagnostic_msgs: one row for the policy, one per input."""
     fields = (
         'lifecycle_state', 'dry_run', 'instruction', 'replan_rate', 'chunk_rate', 'observations', 'chunks',
-        'trajectories_published', 'trajectories_rejected', 'requests_skipped', 'latency_p50_ms', 'latency_p99_ms',
-        'checkpoint_hash', 'stats_hash',
+        'trajectories_published', 'trajectories_rejected', 'trajectories_not_accepted', 'requests_skipped', 'latency_p50_ms',
+        'latency_p99_ms', 'checkpoint_hash', 'stats_hash',
     )  # fmt: skip
     rows = [
         DiagnosticStatus(

@@ -53,6 +53,17 @@ CLOCK = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
 MAX_CATCH_UP_NS = 50_000_000
 
 
+# Parameters of the emulated controllers that their nodes offer under the same name.
+_CONTROLLER_PARAMETERS = (
+    'interpolate_from_desired_state',
+    'allow_partial_joints_goal',
+    'allow_nonzero_velocity_at_trajectory_end',
+    'allow_integration_in_goal_trajectories',
+    'interpolation_method',
+    'cmd_timeout',
+)
+
+
 class SimulatorError(RuntimeError):
     """The node cannot start as it is configured; the message names the parameter and the remedy."""
 
@@ -71,6 +82,11 @@ class SimulatorNode(Node):
         compressed = [name for name, camera in robot.cameras.items() if camera.transport != 'raw']
         if compressed:
             raise SimulatorError(f'the simulator publishes raw images only: set transport: raw for camera {", ".join(compressed)}')
+        streamed = [name for name, controller in robot.controllers.items() if controller.type != 'joint_trajectory']
+        if streamed:
+            raise SimulatorError(
+                f'the simulator has trajectory controllers only: set type: joint_trajectory for {", ".join(streamed)}'
+            )
         self.robot = SimulatedRobot(
             robot, self._value('seed'), interpolate_from_desired_state=self._value('interpolate_from_desired_state')
         )
@@ -89,6 +105,8 @@ class SimulatorNode(Node):
             'status': NS_PER_S / 10.0,
         }
         self._create_interfaces()
+        self.controller_nodes = [self._controller_node(name) for name in robot.controllers]
+        self.controller_nodes += [self._manager_node(namespace) for namespace in {n.get_namespace() for n in self.controller_nodes}]
         self.add_on_set_parameters_callback(self._check_parameters)
         self.get_logger().info(self._describe_scene())
 
@@ -158,6 +176,28 @@ class SimulatorNode(Node):
         self._status_publisher = self.create_publisher(String, '~/status', LATCHED)
         self.create_service(Trigger, '~/reset', self._on_reset)
 
+    def _controller_node(self, name: str) -> Node:
+        """The node of a controller, which on a robot lives in the controller manager, with the parameters that it runs with."""
+        node = self._sub_node(self.resolve_topic_name(self.robot.robot.controllers[name].parameter_node or name))
+        parameters = self.robot.controllers[name].parameters
+        values = {field: getattr(parameters, field) for field in _CONTROLLER_PARAMETERS}
+        for parameter, value in (
+            values | {'joints': list(parameters.joints), 'constraints.goal_time': parameters.goal_time}
+        ).items():
+            node.declare_parameter(parameter, value, ParameterDescriptor(read_only=True))
+        return node
+
+    def _manager_node(self, namespace: str) -> Node:
+        """The controller manager of the controllers in ``namespace``."""
+        node = self._sub_node(f'{namespace.rstrip("/")}/controller_manager')
+        node.declare_parameter('update_rate', round(NS_PER_S / self.robot.period_ns), ParameterDescriptor(read_only=True))
+        return node
+
+    def _sub_node(self, name: str) -> Node:
+        """A node of this process that has the full name ``name`` whatever the command line says about this one."""
+        namespace, _, base = name.rpartition('/')
+        return Node(base, namespace=namespace or '/', context=self.context, use_global_arguments=False, enable_rosout=False)
+
     def _on_trajectory(self, controller: str, message: JointTrajectoryMessage) -> None:
         acceptance = self.robot.receive(controller, from_message(message))
         if not acceptance.accepted:
@@ -185,7 +225,8 @@ class SimulatorNode(Node):
     def run(self) -> None:
         """Tick, publish and serve until `stop`."""
         executor = SingleThreadedExecutor(context=self.context)
-        executor.add_node(self)
+        for node in (self, *self.controller_nodes):
+            executor.add_node(node)
         due_ns = self._wall.now().nanoseconds
         measured_from = (due_ns, self.robot.time_ns)
         try:
@@ -203,6 +244,12 @@ class SimulatorNode(Node):
                     measured_from = (now_ns, self.robot.time_ns)
         finally:
             executor.shutdown()
+
+    def destroy_node(self) -> None:
+        """Destroy the nodes of the controllers too."""
+        for node in self.controller_nodes:
+            node.destroy_node()
+        super().destroy_node()
 
     def stop(self) -> None:
         """Make `run` return after the present tick. Any thread, and signal handlers."""
