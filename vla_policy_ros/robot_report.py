@@ -78,8 +78,10 @@ def _joints(robot: Robot) -> Table:
 
 
 def _controllers(robot: Robot) -> Table:
-    table = _table('Controllers', 'controller', 'command topic', 'state topic', 'joints', 'Hz')
+    table = _table('Controllers', 'controller', 'type', 'command topic', 'state topic', 'joints', 'Hz')
     for name, controller in robot.controllers.items():
         joints = f'{len(controller.joints)}'
-        table.add_row(name, controller.topic, controller.state_topic or 'none', joints, f'{controller.update_rate:g}')
+        table.add_row(
+            name, controller.type, controller.topic, controller.state_topic or 'none', joints, f'{controller.update_rate:g}'
+        )
     return table

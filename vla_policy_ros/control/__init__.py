@@ -8,7 +8,9 @@ owner updates. Imports numpy only; MuJoCo when a workspace is configured, to rea
 - `limits`: position, velocity and acceleration limits as arrays.
 - `check`: exact extrema of a trajectory's cubic interpolant, the last gate before anything is published.
 - `kinematics`, `workspace`: where the tip of the arm is, and a box that it stays in on the interpolant.
-- `commanded`: what has been commanded, as one continuous motion.
-- `planner`: expire, splice, follow within the limits, rest.
-- `jtc_trajectory`, `jtc`: emulator of the Jazzy joint_trajectory_controller, for the simulator, the tests and for lint.
+- `commanded`, `timeline`: what has been commanded, as one continuous motion; when things happen, and how chunks follow each other.
+- `chunk_path`, `follower`, `smoothing`, `planner`: expire, join, follow within the limits, rest.
+- `moves`: one-shot moves to a pose. `acceptance`: whether a controller executes what was published.
+- `jtc`, `jtc_trajectory`, `jtc_blending`, `jtc_rules`: emulator of the joint_trajectory_controller (Humble to Rolling), for the
+  simulator, the tests and for lint. `jtc_advice`: what its parameters mean for who sends to it.
 """
