@@ -1,65 +1,15 @@
-"""How the Jazzy controller executes what it accepted: timing, replacement, hold, tolerances, goals. One test per behaviour."""
+"""How the controller executes what it accepted: timing, replacement, interpolation, time-out. One test per behaviour, on Jazzy;
+what other releases do differently is in test_jtc_profiles.py and test_jtc_blending.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-
 import numpy as np
 import pytest
+from jtc_cell import MS, PARAMETERS, PERIOD, T0, Cell, message, point, run_until
 
-from vla_policy_ros.control.jtc import Command, GoalStatus, JointTrajectoryController
+from vla_policy_ros.control.jtc import JointTrajectoryController
 from vla_policy_ros.control.jtc_rules import ControllerParameters
 from vla_policy_ros.control.jtc_trajectory import TrajectoryMessage, TrajectoryPoint
-
-MS = 1_000_000
-PERIOD = 10 * MS
-T0 = 100_000 * MS
-PARAMETERS = ControllerParameters(('a',))
-
-
-def point(time_ms: float, position: float, v: float | None = None, a: float | None = None) -> TrajectoryPoint:
-    velocity = np.zeros(0) if v is None else np.array([v])
-    acceleration = np.zeros(0) if a is None else np.array([a])
-    return TrajectoryPoint(round(time_ms * MS), np.array([position]), velocity, acceleration)
-
-
-def message(*points: TrajectoryPoint, stamp_ns: int = 0) -> TrajectoryMessage:
-    return TrajectoryMessage(('a',), list(points), stamp_ns)
-
-
-class Cell:
-    """A controller, its clock, and an arm that goes where it is told, ``lag`` rad behind."""
-
-    def __init__(self, start: float = 0.0, lag: float = 0.0, **parameters: object) -> None:
-        self.now = T0
-        self.lag = lag
-        self.controller = JointTrajectoryController(replace(PARAMETERS, **parameters), [start])  # type: ignore[arg-type]
-        self.position = start
-        self.commands: list[Command] = []
-
-    def send(self, sent: TrajectoryMessage) -> None:
-        assert self.controller.receive(sent, self.now).accepted
-
-    def cycle(self, count: int = 1, velocity: float | None = None) -> Command:
-        for _ in range(count):
-            measured_velocity = None if velocity is None else [velocity]
-            command = self.controller.update(self.now, [self.position - self.lag], measured_velocity)
-            self.commands.append(command)
-            self.position = float(command.positions[0])
-            self.now += PERIOD
-        return command
-
-    def positions(self) -> np.ndarray:
-        return np.array([command.positions[0] for command in self.commands])
-
-
-def run_until(cell: Cell, done: Callable[[], bool], limit: int = 500) -> int:
-    for count in range(1, limit + 1):
-        cell.cycle()
-        if done():
-            return count
-    raise AssertionError('it never happened')
 
 
 def test_activation_holds_the_measured_position() -> None:
@@ -278,105 +228,11 @@ def test_cmd_timeout_never_fires_at_speed_scaling_zero() -> None:
     assert not cell.controller.timed_out
 
 
-def test_a_path_tolerance_violation_stops_a_topic_trajectory_at_the_measured_position() -> None:
-    cell = Cell(trajectory_tolerance={'a': 0.1})
-    cell.send(message(point(1000, 1.0)))
-    cell.cycle(10)
-    cell.position -= 0.2
-    stuck = cell.position
-    cell.cycle(2)
-    assert cell.controller.is_holding
-    assert cell.position == pytest.approx(stuck)
-    cell.cycle(50)
-    assert len(set(cell.positions()[-40:])) == 1
-
-
-def test_the_path_tolerance_is_checked_on_the_first_sample_even_when_it_is_the_last_point() -> None:
-    cell = Cell(trajectory_tolerance={'a': 0.1})
-    cell.send(message(point(0, 1.0)))
-    cell.cycle(5)
-    assert np.all(cell.positions() == 0.0) and cell.controller.is_holding
-
-
-def test_a_path_tolerance_violation_aborts_a_goal_and_writes_no_new_command() -> None:
-    cell = Cell(trajectory_tolerance={'a': 0.1})
-    _, goal = cell.controller.send_goal(message(point(1000, 1.0)), cell.now)
-    before = cell.cycle(10).positions[0]
-    cell.position -= 0.2
-    assert cell.cycle().positions[0] == before
-    assert goal is not None and goal.status is GoalStatus.PATH_TOLERANCE_VIOLATED
-
-
-def test_a_goal_that_misses_its_tolerance_for_goal_time_is_aborted() -> None:
-    cell = Cell(lag=0.05, goal_tolerance={'a': 0.01}, goal_time=0.3)
-    _, goal = cell.controller.send_goal(message(point(100, 1.0)), cell.now)
-    cycles = run_until(cell, lambda: cell.controller.goal is None)
-    assert goal is not None and goal.status is GoalStatus.GOAL_TOLERANCE_VIOLATED
-    assert cycles == pytest.approx(42, abs=1)
-
-
-def test_success_holds_the_last_trajectory_point_not_the_measured_position() -> None:
-    cell = Cell(lag=0.05, goal_tolerance={'a': 0.1})
-    _, goal = cell.controller.send_goal(message(point(100, 1.0)), cell.now)
-    cell.cycle(100)
-    assert goal is not None and goal.status is GoalStatus.SUCCEEDED
-    assert cell.position == 1.0 and cell.controller.is_holding
-
-
 def test_an_allowed_end_velocity_is_repeated_for_ever() -> None:
     cell = Cell(allow_nonzero_velocity_at_trajectory_end=True)
     cell.send(message(point(100, 0.1, v=1.0)))
     last = cell.cycle(200)
     assert last.velocities[0] == 1.0 and last.positions[0] == 0.1
-
-
-def test_cancel_holds_the_measured_position_within_one_cycle() -> None:
-    cell = Cell(lag=0.02)
-    _, goal = cell.controller.send_goal(message(point(1000, 1.0)), cell.now)
-    cell.cycle(50)
-    measured = cell.commands[-2].positions[0] - 0.02
-    cell.controller.cancel_goal()
-    assert cell.cycle().positions[0] == pytest.approx(measured)
-    assert goal is not None and goal.status is GoalStatus.CANCELED
-
-
-def test_cancel_decelerates_where_decelerations_and_velocities_are_known() -> None:
-    cell = Cell(max_deceleration_on_cancel={'a': 5.0})
-    cell.controller.send_goal(message(point(1000, 1.0)), cell.now)
-    cell.cycle(50, velocity=1.0)
-    here = cell.commands[-2].positions[0]
-    cell.controller.cancel_goal()
-    cell.cycle(60, velocity=1.0)
-    assert cell.position == pytest.approx(here + 1.0 / 10.0)
-    steps = np.diff(cell.positions()[51:])
-    assert np.all(np.abs(np.diff(steps)) <= 5.0 * 0.01**2 + 1e-9)
-
-
-def test_a_new_goal_preempts_and_aborts_the_old_one() -> None:
-    cell = Cell()
-    _, first = cell.controller.send_goal(message(point(1000, 1.0)), cell.now)
-    cell.cycle(10)
-    _, second = cell.controller.send_goal(message(point(1000, -1.0)), cell.now)
-    assert first is not None and first.status is GoalStatus.INVALID_GOAL
-    assert second is not None and second.status is GoalStatus.ACTIVE
-
-
-def test_a_topic_message_does_not_abort_the_goal_which_then_succeeds_for_a_motion_it_did_not_ask_for() -> None:
-    cell = Cell(goal_tolerance={'a': 0.05})
-    _, goal = cell.controller.send_goal(message(point(1000, 1.0)), cell.now)
-    cell.cycle(10)
-    cell.send(message(point(100, -0.5)))
-    cell.cycle(50)
-    assert goal is not None and goal.status is GoalStatus.SUCCEEDED
-    assert cell.position == -0.5
-
-
-def test_a_rejected_goal_leaves_the_active_one_alone() -> None:
-    cell = Cell()
-    _, goal = cell.controller.send_goal(message(point(1000, 1.0)), cell.now)
-    acceptance, none = cell.controller.send_goal(TrajectoryMessage(('a',), []), cell.now)
-    assert not acceptance.accepted and none is None
-    assert goal is not None and goal.status is GoalStatus.ACTIVE
 
 
 def test_a_query_ahead_moves_the_running_trajectory_to_its_end() -> None:

@@ -1,4 +1,5 @@
-"""Which messages the Jazzy controller drops, and which it accepts and executes badly: one test per rule."""
+"""Which messages the controller drops, and which it accepts and executes badly: one test per rule, on Jazzy; the other releases
+are in test_jtc_profiles.py."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 It is Jazzy's (4.42), with what Humble (2.54), Kilted (5.17) and Rolling (6.9) do differently where ``parameters.distro`` says so:
 Humble commands the trajectory now and not one period ahead, takes its time from the clock, and repeats the state before a new
-trajectory for one update; Rolling blends a new trajectory with the running one.
+trajectory for one update; Rolling blends a new trajectory with the running one. Kilted differs in its parameters only.
 
 `JointTrajectoryController` receives messages as the ``~/joint_trajectory`` topic (or goals as the action) would bring them and
 is updated at the controller manager's rate. It reproduces what matters to a sender: validation, the single real-time slot in
@@ -22,8 +22,9 @@ from enum import Enum
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vla_policy_ros.control.jtc_blending import blended, can_blend
-from vla_policy_ros.control.jtc_rules import FLT_EPSILON, ControllerParameters, Finding, Rule, validate
+from vla_policy_ros.control.jtc_blending import blend
+from vla_policy_ros.control.jtc_rules import ControllerParameters, Finding, Rule, validate
+from vla_policy_ros.control.jtc_stopping import decelerate, hold
 from vla_policy_ros.control.jtc_trajectory import Array, Sample, Trajectory, TrajectoryMessage, TrajectoryPoint
 
 __all__ = [
@@ -113,11 +114,9 @@ class JointTrajectoryController:
 
     def __init__(self, parameters: ControllerParameters, positions: ArrayLike) -> None:
         self.parameters = parameters
-        self._path_tolerance = _per_joint(parameters.trajectory_tolerance, parameters.joints)
-        self._goal_tolerance = _per_joint(parameters.goal_tolerance, parameters.joints)
         self._decelerations = _per_joint(parameters.max_deceleration_on_cancel, parameters.joints)
         self._wraparound = tuple(joint in parameters.angle_wraparound for joint in parameters.joints)
-        self.speed_scaling = 1.0
+        self.speed_scaling = parameters.speed_scaling
         self.activate(positions)
 
     def activate(self, positions: ArrayLike) -> None:
@@ -126,7 +125,8 @@ class JointTrajectoryController:
         self.counters = Counters()
         self.goal: Goal | None = None
         self.timed_out = False
-        self._trajectory = Trajectory()
+        self._set_tolerances()
+        self._trajectory = Trajectory(keeps_cursor_when_looking_ahead=self.parameters.distro == 'rolling')
         self._measured = TrajectoryPoint(0, measured)
         self._last_command = TrajectoryPoint(0, measured)
         self._last_command_ns: int | None = None
@@ -134,8 +134,6 @@ class JointTrajectoryController:
         self._reference = self._written.copy()
         self._holding = True
         self._trajectory_ns = 0
-        self._blended_ns: int | None = None
-        self._was_holding = True
         self._sort_buffer = np.zeros_like(measured)
         self._pending: TrajectoryMessage | None = self._hold_message()
 
@@ -157,12 +155,23 @@ class JointTrajectoryController:
         self._holding = False
         return Acceptance()
 
-    def send_goal(self, message: TrajectoryMessage, now_ns: int) -> tuple[Acceptance, Goal | None]:
-        """A message arrives as an action goal. Accepting it aborts the active goal; a topic message never does."""
+    def send_goal(
+        self,
+        message: TrajectoryMessage,
+        now_ns: int,
+        trajectory_tolerance: Mapping[str, float] | None = None,
+        goal_tolerance: Mapping[str, float] | None = None,
+        goal_time: float | None = None,
+    ) -> tuple[Acceptance, Goal | None]:
+        """A message arrives as an action goal. Accepting it ends the active goal; a topic message never does.
+
+        Tolerances that come with the goal replace those of the parameters, until the next goal: also for topic messages.
+        """
         acceptance = self.receive(message, now_ns)
         if not acceptance.accepted:
             return acceptance, None
-        self._finish_goal(GoalStatus.INVALID_GOAL)
+        self._finish_goal(GoalStatus.CANCELED if self.parameters.distro == 'humble' else GoalStatus.INVALID_GOAL)
+        self._set_tolerances(trajectory_tolerance, goal_tolerance, goal_time)
         self.goal = Goal()
         return acceptance, self.goal
 
@@ -190,7 +199,7 @@ class JointTrajectoryController:
         Raises:
             ValueError: a measured vector does not fit the joints.
         """
-        self._take_pending(now_ns, self.parameters.update_period_ns if period_ns is None else period_ns)
+        self._take_pending(now_ns)
         self._read_state(measured_positions, measured_velocities)
         self._advance(now_ns, self.parameters.update_period_ns if period_ns is None else period_ns)
         method = self.parameters.interpolation_method
@@ -220,21 +229,21 @@ class JointTrajectoryController:
 
     # One cycle, in order.
 
-    def _take_pending(self, now_ns: int, period_ns: int) -> None:
-        if self._pending is not None:
-            message, self._pending = self._pending, None
-            if self.parameters.allow_trajectory_replacement and can_blend(self._trajectory, self._holding or self._was_holding):
-                # The running trajectory's own clock: it may have drifted from `now_ns`, which stamps speak about.
-                cursor_ns = self._trajectory_ns + round(period_ns * self.speed_scaling)
-                message.stamp_ns += (cursor_ns - now_ns) * (message.stamp_ns != 0)
-                method = self.parameters.interpolation_method
-                self._trajectory.update(blended(self._trajectory, message, self.parameters.joints, cursor_ns, method))
-                self._blended_ns = cursor_ns
-                return
-            self._was_holding = self._holding
+    def _take_pending(self, now_ns: int) -> None:
+        if self._pending is None:
+            return
+        message, self._pending = self._pending, None
+        blended = None
+        # A single point is not blended, and neither is what the controller makes for itself to hold.
+        if self.parameters.allow_trajectory_replacement and not self._holding and len(self._trajectory.points) > 1:
+            delay_ns = round(max(message.stamp_ns - now_ns, 0) * self.speed_scaling)
+            joints, method = self.parameters.joints, self.parameters.interpolation_method
+            sort, cursor_ns = self._sort_to_local_joint_order, self._trajectory_ns
+            blended = blend(self._trajectory, message, joints, delay_ns, cursor_ns, method, sort)
+        if blended is None:
             self._fill_partial_goal(message)
             self._sort_to_local_joint_order(message)
-            self._trajectory.update(message)
+        self._trajectory.update(message if blended is None else blended)
 
     def _read_state(self, positions: ArrayLike, velocities: ArrayLike | None) -> None:
         measured = TrajectoryPoint(0, self._joint_vector(positions, 'measured_positions'))
@@ -244,24 +253,20 @@ class JointTrajectoryController:
 
     def _advance(self, now_ns: int, period_ns: int) -> None:
         """Move the trajectory's time by the cycle; the first cycle of a message sets where it starts from."""
-        if self._blended_ns is not None:
-            self._trajectory_ns, self._blended_ns = self._blended_ns, None
-        elif self.parameters.distro == 'humble':
-            before = self._last_command if self.parameters.open_loop_control else self._measured
-            if not self._trajectory.is_sampled_already:
-                self._trajectory.set_point_before_trajectory_msg(now_ns, before, self._wraparound)
+        first, humble = not self._trajectory.is_sampled_already, self.parameters.distro == 'humble'
+        if first:
+            before, before_ns = self._measured, now_ns
+            if self.parameters.starts_from_command:
+                before = self._last_command
+                # Dated by the update that computed it, although it was sampled one period ahead; Humble dates it now.
+                if not humble and self._last_command_ns is not None:
+                    before_ns = self._last_command_ns
+            self._trajectory.set_point_before_trajectory_msg(before_ns, before, self._wraparound)
+        if first or humble:
             self._trajectory_ns = now_ns
-        elif self._trajectory.is_sampled_already:
+        else:
             # Later clock jumps do not move a running trajectory: only the period counts.
             self._trajectory_ns += round(period_ns * self.speed_scaling)
-        else:
-            if not self.parameters.starts_from_command:
-                self._trajectory.set_point_before_trajectory_msg(now_ns, self._measured, self._wraparound)
-            else:
-                # The last command is dated by the update that computed it, although it was sampled one period ahead.
-                before_ns = now_ns if self._last_command_ns is None else self._last_command_ns
-                self._trajectory.set_point_before_trajectory_msg(before_ns, self._last_command, self._wraparound)
-            self._trajectory_ns = now_ns
 
     def _judge_and_write(self, now_ns: int, ahead: Sample, command: TrajectoryPoint, first_sample: bool) -> None:
         ended = ahead.end_index == len(self._trajectory.points)
@@ -272,7 +277,7 @@ class JointTrajectoryController:
         error = np.abs(self._position_error())
         path_violated = free and (not ended or first_sample) and _violates(error, self._path_tolerance)
         outside_goal = free and ended and _violates(error, self._goal_tolerance)
-        too_late = outside_goal and 0.0 < self.parameters.goal_time < since_point_s
+        too_late = outside_goal and 0.0 < self._goal_time < since_point_s
 
         timeout = self.parameters.effective_cmd_timeout
         if ended and free and 0.0 < timeout < since_point_s:
@@ -300,6 +305,17 @@ class JointTrajectoryController:
         wrapped: Array = np.where(self._wraparound, turned, error)
         return wrapped
 
+    def _set_tolerances(
+        self,
+        trajectory: Mapping[str, float] | None = None,
+        goal: Mapping[str, float] | None = None,
+        goal_time: float | None = None,
+    ) -> None:
+        defaults, joints = self.parameters, self.parameters.joints
+        self._path_tolerance = _per_joint({**defaults.trajectory_tolerance, **(trajectory or {})}, joints)
+        self._goal_tolerance = _per_joint({**defaults.goal_tolerance, **(goal or {})}, joints)
+        self._goal_time = defaults.goal_time if goal_time is None else goal_time
+
     def _finish_goal(self, status: GoalStatus) -> None:
         if self.goal is not None:
             self.goal.status = status
@@ -310,7 +326,7 @@ class JointTrajectoryController:
     def _hold_message(self) -> TrajectoryMessage:
         """The measured position, reached within one cycle."""
         self._holding = True
-        return TrajectoryMessage(self.parameters.joints, [TrajectoryPoint(0, self._measured.positions)])
+        return hold(self.parameters.joints, self._measured.positions)
 
     def _success_message(self) -> TrajectoryMessage:
         """The last point as it was sent, repeated: a velocity it carries is repeated as well."""
@@ -320,28 +336,12 @@ class JointTrajectoryController:
         return TrajectoryMessage(self.parameters.joints, [last])
 
     def _stop_message(self) -> TrajectoryMessage:
-        """Hold at the measured position, or decelerate from the measured state where every joint has a deceleration."""
-        hold = self._hold_message()
-        velocity = self._measured.velocities
-        if velocity.size == 0 or np.any(self._decelerations <= 0.0):
-            return hold
-        stop_s = np.abs(velocity) / self._decelerations
-        period_ns = self.parameters.update_period_ns
-        points = []
-        for cycle in range(int(np.ceil(stop_s.max() / (period_ns * 1e-9))) + 1):
-            t = np.minimum(cycle * period_ns * 1e-9, stop_s)
-            brake = -np.sign(velocity) * self._decelerations
-            position = self._measured.positions + t * (velocity + 0.5 * t * brake)
-            moving = (t < stop_s) & (np.abs(velocity) > FLT_EPSILON)
-            points.append(
-                TrajectoryPoint(
-                    cycle * period_ns,
-                    position,
-                    np.where(moving, velocity + brake * t, 0.0),
-                    np.where(moving, brake, 0.0),
-                )
-            )
-        return TrajectoryMessage(self.parameters.joints, points)
+        """Hold at the measured position, or decelerate from the measured state where that is asked for and known."""
+        self._holding = True
+        can_brake = self.parameters.decelerate_on_cancel and bool(np.all(self._decelerations > 0.0))
+        if not can_brake or self._measured.velocities.size == 0:
+            return hold(self.parameters.joints, self._measured.positions)
+        return decelerate(self.parameters.joints, self._measured, self._decelerations, self.parameters.update_period_ns)
 
     # Joints.
 

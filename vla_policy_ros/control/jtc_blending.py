@@ -1,78 +1,100 @@
 """What Rolling's controller does with a message while a trajectory runs: blend instead of forget.
 
-The contract is that of ``allow_trajectory_replacement`` in ros2_controllers (its trajectory page and release notes): the running
-trajectory goes on until the new one starts; at that moment the old motion's position and velocity become a point of the new
-trajectory, so that it continues from there, if the new trajectory leaves time before its first point. A stamp in the future starts
-then; a stamp of zero or in the past starts now, and a past one is replayed from its first point: nothing of it is skipped. Joints
-that a message leaves out go on along the old path.
+The new trajectory is spliced into the running one (``allow_trajectory_replacement``, ros2_controllers 6.9):
+
+- it starts where the running one was at the update before: a stamp of zero and a stamp in the past start now, a stamp in the future
+  starts then. A past one is replayed from its first point; nothing of it is skipped;
+- until then the knots of the old trajectory are kept; the way to the first of them comes from the state that any new trajectory
+  starts from, measured or commanded;
+- at the start, position and velocity of the old motion become a knot (the bridge), if there is time before the first point;
+- joints that it leaves out go on along the old path, sampled at the new points, then over what is left of the old knots.
+
+The running trajectory is dated by the update before, so a bridge that begins now repeats one command.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+from numpy.typing import NDArray
 
 from vla_policy_ros.control.jtc_trajectory import InterpolationMethod, Trajectory, TrajectoryMessage, TrajectoryPoint
 
-
-def can_blend(running: Trajectory, holding: bool) -> bool:
-    """Blending needs a running trajectory of more than one point, and a controller that does not hold."""
-    return not holding and running.is_sampled_already and len(running.points) > 1
+_FIELDS = ('positions', 'velocities', 'accelerations')
 
 
-def blended(
-    running: Trajectory, message: TrajectoryMessage, joints: tuple[str, ...], now_ns: int, method: InterpolationMethod
-) -> TrajectoryMessage:
-    """``message`` as a trajectory that continues the running one, with all joints in the controller's order.
+def blend(
+    running: Trajectory,
+    message: TrajectoryMessage,
+    joints: tuple[str, ...],
+    delay_ns: int,
+    cursor_ns: int,
+    method: InterpolationMethod,
+    sort: Callable[[TrajectoryMessage], None],
+) -> TrajectoryMessage | None:
+    """``message`` spliced into the running trajectory, to be started at once; None where that cannot be done.
 
     Args:
-        running: the trajectory so far; only read.
-        message: accepted, and not sorted yet.
+        running: has been sampled; its segment search moves on.
+        message: accepted; it is used up.
         joints: the controller's.
-        now_ns: this update, on the clock of the running trajectory.
-        method: its interpolation.
+        delay_ns: how long after the cursor the message starts, of trajectory time; 0 is now.
+        cursor_ns: where the running trajectory was sampled last.
+        method: the interpolation.
+        sort: puts a message that names all joints into the controller's order.
     """
-    start_ns = max(message.stamp_ns, now_ns) if message.stamp_ns else now_ns
-    points = [_state(running, now_ns, 0, method)]
-    for point in running.points:
-        time_ns = running.start_ns + point.time_from_start_ns
-        if now_ns < time_ns < start_ns:
-            points.append(_state(running, time_ns, time_ns - now_ns, method))
-    offset_ns = start_ns - now_ns
-    if message.points[0].time_from_start_ns > 0 and offset_ns > 0:
-        points.append(_state(running, start_ns, offset_ns, method))
-    for point in message.points:
-        time_ns = offset_ns + point.time_from_start_ns
-        if time_ns <= 0:
-            points = []  # the new trajectory begins at once: nothing leads to its first point
-        points.append(_all_joints(running, point, message.joint_names, joints, now_ns + time_ns, time_ns, method))
-    return TrajectoryMessage(joints, points, now_ns)
+    named = np.array([joint in message.joint_names for joint in joints])
+    if not named.all() and message.points[-1].positions.size == 0:
+        return None  # the joints that are named could not be held after the end
+    start_ns = cursor_ns + delay_ns
+    bridge = running.sample(start_ns, method, search_monotonically_increasing=False).state
+    if len(message.joint_names) < len(joints):
+        old = [running.sample(start_ns + point.time_from_start_ns, method).state for point in message.points]
+        if not _follow_the_old_path(message, old, joints):
+            return None
+    sort(message)
+
+    points = [(point, running.start_ns + point.time_from_start_ns) for point in running.points]
+    prefix = [_at(point, time_ns - cursor_ns) for point, time_ns in points if cursor_ns < time_ns < start_ns]
+    if bridge is not None and message.points[0].time_from_start_ns > 0:
+        prefix.append(_at(bridge, delay_ns))
+    new = [_at(point, delay_ns + point.time_from_start_ns) for point in message.points]
+    suffix = []
+    if not named.all():
+        end_ns = cursor_ns + new[-1].time_from_start_ns
+        suffix = [_held(_at(point, time_ns - cursor_ns), new[-1], named) for point, time_ns in points if time_ns > end_ns]
+    return TrajectoryMessage(joints, [*prefix, *new, *suffix])
 
 
-def _state(running: Trajectory, time_ns: int, offset_ns: int, method: InterpolationMethod) -> TrajectoryPoint:
-    """The running motion as a point; its acceleration is left out, so that what follows is a cubic."""
-    state = running.copy().sample(time_ns, method).state
-    assert state is not None
-    return TrajectoryPoint(offset_ns, state.positions, state.velocities)
+def _at(point: TrajectoryPoint, time_from_start_ns: int) -> TrajectoryPoint:
+    moved = point.copy()
+    moved.time_from_start_ns = time_from_start_ns
+    return moved
 
 
-def _all_joints(
-    running: Trajectory,
-    point: TrajectoryPoint,
-    names: tuple[str, ...],
-    joints: tuple[str, ...],
-    time_ns: int,
-    offset_ns: int,
-    method: InterpolationMethod,
-) -> TrajectoryPoint:
-    """A point of the message in the controller's order; joints that it leaves out are where the old path has them then."""
-    named = [names.index(joint) if joint in names else -1 for joint in joints]
-    old = running.copy().sample(time_ns, method).state if -1 in named else None
+def _follow_the_old_path(message: TrajectoryMessage, old: list[TrajectoryPoint | None], joints: tuple[str, ...]) -> bool:
+    """Add the joints that ``message`` leaves out, from the old trajectory's states at its points; False if one is missing."""
+    omitted = [index for index, joint in enumerate(joints) if joint not in message.joint_names]
+    states = [state for state in old if state is not None]
+    if len(states) < len(old):
+        return False
+    message.joint_names = (*message.joint_names, *(joints[index] for index in omitted))
+    for point, state in zip(message.points, states, strict=True):
+        for name in _FIELDS:
+            if getattr(point, name).size:
+                setattr(point, name, np.concatenate([getattr(point, name), getattr(state, name)[omitted]]))
+        if point.effort.size:
+            point.effort = np.concatenate([point.effort, np.zeros(len(omitted))])
+    return True
 
-    def column(field: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-        values = getattr(point, field)
-        if values.size == 0:
-            return values
-        fill = np.zeros(len(joints)) if old is None else getattr(old, field)
-        return np.array([values[index] if index >= 0 else fill[place] for place, index in enumerate(named)])
 
-    return TrajectoryPoint(offset_ns, column('positions'), column('velocities'), column('accelerations'), column('effort'))
+def _held(old: TrajectoryPoint, last: TrajectoryPoint, named: NDArray[np.bool_]) -> TrajectoryPoint:
+    """A knot of the old trajectory in which the named joints rest at the last new point."""
+    if old.positions.size:
+        old.positions = np.where(named, last.positions, old.positions)
+    if old.velocities.size:
+        old.velocities = np.where(named, 0.0, old.velocities)
+    if old.accelerations.size:
+        old.accelerations = np.where(named, 0.0, old.accelerations)
+    return old

@@ -1,7 +1,8 @@
-"""The acceptance rules of the joint_trajectory_controller (Jazzy), and what it accepts but executes badly.
+"""The acceptance rules of the joint_trajectory_controller, per release, and what it accepts but executes badly.
 
-`validate` answers as the controller does when a message arrives: None, or the first rule that drops it. `lint` names what
-passes validation and still hurts: the controller checks neither finiteness nor limits nor duplicates.
+`ControllerParameters` says which controller it is. `validate` answers as that controller does when a message arrives: None, or the
+first rule that drops it. `lint` names what passes validation and still hurts: the controller checks neither finiteness nor limits
+nor duplicates.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from enum import Enum
 from typing import Any, Literal, get_args
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-from vla_policy_ros.control.jtc_trajectory import InterpolationMethod, TrajectoryMessage, TrajectoryPoint
+from vla_policy_ros.control.jtc_trajectory import InterpolationMethod, Trajectory, TrajectoryMessage, TrajectoryPoint
 from vla_policy_ros.types import NS_PER_S
 
 FLT_EPSILON = float(np.finfo(np.float32).eps)
+_ROUNDING = 1e-9
 Distro = Literal['humble', 'jazzy', 'kilted', 'rolling']
 DISTROS: tuple[Distro, ...] = get_args(Distro)
 
@@ -31,8 +34,20 @@ _ONLY_IN: dict[str, tuple[Distro, ...]] = {
     'open_loop_control': ('humble', 'jazzy'),
     'interpolate_from_desired_state': ('jazzy', 'kilted', 'rolling'),
     'allow_trajectory_replacement': ('rolling',),
+    'speed_scaling': ('jazzy', 'kilted', 'rolling'),
+    'decelerate_on_cancel': ('jazzy', 'kilted', 'rolling'),
     'max_deceleration_on_cancel': ('jazzy', 'kilted', 'rolling'),
 }
+
+# What a release does that does not have one of them, where it is not False.
+_WITHOUT: dict[str, Any] = {'speed_scaling': 1.0, 'max_deceleration_on_cancel': {}}
+
+
+def _known_distro(name: str) -> Distro:
+    for distro in DISTROS:
+        if distro == name:
+            return distro
+    raise ValueError(f'distro {name!r} is unknown; use one of {", ".join(DISTROS)}')
 
 
 @dataclass(frozen=True)
@@ -54,9 +69,15 @@ class ControllerParameters:
         goal_time: ``constraints.goal_time``, s a goal may be late; 0 is unlimited.
         trajectory_tolerance: ``constraints.<joint>.trajectory`` per joint; absent or 0 is not checked.
         goal_tolerance: ``constraints.<joint>.goal`` per joint; absent or 0 is not checked.
-        max_deceleration_on_cancel: per joint; when all joints have one, a cancel decelerates instead of stopping at once.
+        decelerate_on_cancel: ``constraints.decelerate_on_cancel``: where all joints have a deceleration and velocities are
+            measured, decelerate at a cancel, a time-out or a violation, instead of stopping at once (Jazzy and later).
+        max_deceleration_on_cancel: ``constraints.<joint>.max_deceleration_on_cancel`` per joint.
+        speed_scaling: ``speed_scaling.initial_scaling_factor``: trajectory time per time (Jazzy and later).
         angle_wraparound: joints that turn without end.
         effort_command_interface: whether the controller commands effort.
+
+    Raises:
+        ValueError: an unknown release, or a parameter that the release does not have and that differs from what it does without.
     """
 
     joints: tuple[str, ...]
@@ -72,27 +93,35 @@ class ControllerParameters:
     goal_time: float = 0.0
     trajectory_tolerance: Mapping[str, float] = field(default_factory=dict)
     goal_tolerance: Mapping[str, float] = field(default_factory=dict)
+    decelerate_on_cancel: bool = False
     max_deceleration_on_cancel: Mapping[str, float] = field(default_factory=dict)
+    speed_scaling: float = 1.0
     angle_wraparound: tuple[str, ...] = ()
     effort_command_interface: bool = False
     distro: Distro = 'jazzy'
+
+    def __post_init__(self) -> None:
+        _known_distro(self.distro)
+        for name, distros in _ONLY_IN.items():
+            if self.distro not in distros and getattr(self, name) != _WITHOUT.get(name, False):
+                raise ValueError(
+                    f'{self.distro} has no parameter {name} (set to {getattr(self, name)!r}); it exists in {", ".join(distros)}: '
+                    'leave it out, or name the right distro'
+                )
 
     @classmethod
     def for_distro(cls, distro: str, joints: tuple[str, ...], **changes: Any) -> ControllerParameters:
         """The defaults of a release, with ``changes``.
 
         Raises:
-            ValueError: an unknown release, or a parameter that the release does not have and that asks for something.
+            ValueError: an unknown release, an unknown parameter, or one that the release does not have.
         """
-        if distro not in DISTROS:
-            raise ValueError(f'distro {distro!r} is unknown; use one of {", ".join(DISTROS)}')
-        known = {item.name for item in fields(cls)}
-        for name, value in changes.items():
-            if name not in known:
-                raise ValueError(f'joint_trajectory_controller has no parameter {name!r} that matters here')
-            if value and distro not in _ONLY_IN.get(name, DISTROS):
-                raise ValueError(f'{distro} has no parameter {name}; it exists in {", ".join(_ONLY_IN[name])}')
-        return cls(joints=tuple(joints), distro=distro, **{**_DISTRO_DEFAULTS[distro], **changes})
+        release = _known_distro(distro)
+        known = [item.name for item in fields(cls)]
+        unknown = next((name for name in changes if name not in known), None)
+        if unknown is not None:
+            raise ValueError(f'the emulated controller has no parameter {unknown!r}; use some of {", ".join(known)}')
+        return cls(joints=tuple(joints), distro=release, **{**_DISTRO_DEFAULTS[release], **changes})
 
     @property
     def starts_from_command(self) -> bool:
@@ -122,15 +151,17 @@ class Rule(Enum):
     TIME_NOT_INCREASING = 'rejected: time_from_start does not strictly increase'
     FIELD_SIZE = 'rejected: a field does not have one value per joint name'
     NO_DATA = 'rejected: a point has no positions, velocities or accelerations'
-    EFFORT = 'rejected: effort needs an effort command interface'
+    EFFORT = 'rejected: effort needs an effort command interface, and Humble takes none'
 
     NOT_FINITE = 'accepted, but NaN or infinity is commanded as it is'
     DUPLICATE_JOINT = 'accepted, but the joint left out is commanded a stale value'
     ACCELERATION_WITHOUT_VELOCITY = 'accepted, but 0.0 is commanded on every joint between points'
     STEP_TO_FIRST_POINT = 'accepted, but the command steps to the first point in one cycle'
-    SINGLE_POINT = 'accepted, but nothing follows the first point, and releases with replacement never blend it'
+    SINGLE_POINT = 'accepted, but nothing follows the first point, and the next trajectory is never blended with it'
     MOVES_ON = 'accepted, but after its end the last velocity is commanded for ever'
-    PAST_STAMP = 'accepted, but it starts in the past: the command steps into it, or it is replayed late'
+    PAST_STAMP = 'accepted, but where it replaces a trajectory it is replayed from its first point, late'
+    STEP_INTO_PAST = 'accepted, but it runs already when it arrives: the command steps to where it is'
+    EFFORT_UNCHECKED = 'accepted, but the effort is commanded as it is, against no limit'
     POSITIONS_ONLY = 'accepted, but interpolated linearly: the velocity jumps at every point'
 
 
@@ -140,24 +171,6 @@ class Finding:
 
     rule: Rule
     sentence: str
-
-
-def _lint_for(message: TrajectoryMessage, parameters: ControllerParameters, now_ns: int | None) -> list[Finding]:
-    findings = []
-    points = message.points
-    if points and parameters.allow_nonzero_velocity_at_trajectory_end and np.any(np.abs(points[-1].velocities) > FLT_EPSILON):
-        findings.append(
-            Finding(
-                Rule.MOVES_ON,
-                f'the last point moves at {np.abs(points[-1].velocities).max():.4g} and '
-                'allow_nonzero_velocity_at_trajectory_end lets it: end at rest',
-            )
-        )
-    if points and now_ns is not None and message.stamp_ns > 0:
-        late = (now_ns - message.stamp_ns - points[0].time_from_start_ns) * 1e-9
-        if late > 0 and parameters.allow_trajectory_replacement:
-            findings.append(Finding(Rule.PAST_STAMP, f'its first point was due {late:.3f} s ago: it is replayed from there, late'))
-    return findings
 
 
 def validate(message: TrajectoryMessage, parameters: ControllerParameters, now_ns: int) -> Finding | None:
@@ -225,28 +238,135 @@ def _validate_effort(index: int, point: TrajectoryPoint, parameters: ControllerP
 
 
 def lint(
-    message: TrajectoryMessage, parameters: ControllerParameters | None = None, now_ns: int | None = None
+    message: TrajectoryMessage,
+    parameters: ControllerParameters | None = None,
+    now_ns: int | None = None,
+    command: ArrayLike | None = None,
 ) -> list[Finding]:
     """What the controller accepts and executes badly in ``message``, one finding per kind.
 
-    ``parameters`` and the time of arrival add what depends on them.
+    Args:
+        message: as sent; judged whether or not `validate` accepts it.
+        parameters: of the controller; without them only what hurts on every controller is found.
+        now_ns: the time of arrival; without it stamps are not judged.
+        command: what is commanded at ``now_ns``, ``[J]`` in the order of ``parameters.joints``; without it nobody can tell whether
+            a trajectory that runs already continues the motion.
     """
-    findings = [] if parameters is None else _lint_for(message, parameters, now_ns)
-    points, names = message.points, message.joint_names
+    found = [_lint_moving_end(message, parameters), _lint_stamp(message, parameters, now_ns, command)]
+    found += [_lint_names(message), _lint_finite(message), _lint_accelerations(message), _lint_effort(message)]
+    found += [_lint_first_point(message), _lint_single(message), _lint_velocities(message)]
+    return [finding for finding in found if finding is not None]
+
+
+def _lint_moving_end(message: TrajectoryMessage, parameters: ControllerParameters | None) -> Finding | None:
+    if parameters is None or not parameters.allow_nonzero_velocity_at_trajectory_end or not message.points:
+        return None
+    speed = max(np.abs(message.points[-1].velocities), default=0.0)
+    if not speed > FLT_EPSILON:
+        return None
+    return Finding(
+        Rule.MOVES_ON,
+        f'the last point moves at {speed:.4g} and allow_nonzero_velocity_at_trajectory_end lets it: end at rest',
+    )
+
+
+def _lint_stamp(
+    message: TrajectoryMessage, parameters: ControllerParameters | None, now_ns: int | None, command: ArrayLike | None
+) -> Finding | None:
+    if parameters is None or now_ns is None or message.stamp_ns == 0 or not message.points:
+        return None
+    late_s = (now_ns - message.stamp_ns) / NS_PER_S
+    if parameters.allow_trajectory_replacement:
+        if late_s <= 1.0 / parameters.update_rate:
+            return None
+        return Finding(
+            Rule.PAST_STAMP,
+            f'its stamp passed {late_s:.3f} s ago: use stamp 0, or set allow_trajectory_replacement to false',
+        )
+    due = late_s > message.points[0].time_from_start_ns / NS_PER_S
+    if not due or command is None or sorted(message.joint_names) != sorted(parameters.joints):
+        return None
+    return _lint_entry(message, parameters, now_ns, np.asarray(command, dtype=np.float64))
+
+
+def _lint_entry(
+    message: TrajectoryMessage, parameters: ControllerParameters, now_ns: int, command: NDArray[np.float64]
+) -> Finding | None:
+    """Whether the trajectory is where the command is, up to what it moves itself in a period at its fastest."""
+    order = [message.joint_names.index(joint) for joint in parameters.joints]
+    trajectory = Trajectory()
+    trajectory.update(message)
+    state = trajectory.sample(now_ns, parameters.interpolation_method).state
+    if state is None or not all(point.positions.size == len(order) for point in message.points):
+        return None
+    positions = np.array([point.positions for point in message.points])
+    times_s = np.array([point.time_from_start_ns for point in message.points]) / NS_PER_S
+    fastest = np.max(np.abs(np.diff(positions, axis=0)) / np.diff(times_s)[:, None], axis=0, initial=0.0)
+    excess = np.abs(state.positions[order] - command) - fastest[order] / parameters.update_rate
+    joint = int(np.argmax(excess))
+    if not excess[joint] > _ROUNDING:
+        return None
+    late_s, there = (now_ns - message.stamp_ns) / NS_PER_S, state.positions[order][joint]
+    return Finding(
+        Rule.STEP_INTO_PAST,
+        f'joint {parameters.joints[joint]!r} is commanded to {command[joint]:.4g}; {late_s:.3f} s after its start the trajectory '
+        f'is at {there:.4g}: begin with the motion commanded already, or leave time before the first point',
+    )
+
+
+def _lint_names(message: TrajectoryMessage) -> Finding | None:
+    names = message.joint_names
     twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        findings.append(Finding(Rule.DUPLICATE_JOINT, f'joint {twice[0]!r} is named {names.count(twice[0])} times'))
-    for index, point in enumerate(points):
-        values = np.concatenate([point.positions, point.velocities, point.accelerations])
+    if not twice:
+        return None
+    return Finding(Rule.DUPLICATE_JOINT, f'joint {twice[0]!r} is named {names.count(twice[0])} times: name each joint once')
+
+
+def _lint_finite(message: TrajectoryMessage) -> Finding | None:
+    for index, point in enumerate(message.points):
+        values = np.concatenate([point.positions, point.velocities, point.accelerations, point.effort])
         if not np.all(np.isfinite(values)):
-            findings.append(Finding(Rule.NOT_FINITE, f'point {index} has a value that is not finite'))
-            break
-    if any(point.accelerations.size and point.positions.size and not point.velocities.size for point in points):
-        findings.append(Finding(Rule.ACCELERATION_WITHOUT_VELOCITY, 'accelerations are given without velocities'))
-    if points and message.stamp_ns == 0 and points[0].time_from_start_ns <= 0:
-        findings.append(Finding(Rule.STEP_TO_FIRST_POINT, 'stamp 0 with time_from_start 0 leaves no time to reach point 0'))
-    if len(points) == 1:
-        findings.append(Finding(Rule.SINGLE_POINT, 'one point only'))
-    if points and all(point.velocities.size == 0 and point.accelerations.size == 0 for point in points):
-        findings.append(Finding(Rule.POSITIONS_ONLY, 'no point has velocities'))
-    return findings
+            return Finding(Rule.NOT_FINITE, f'point {index} has a value that is not finite: do not send it')
+    return None
+
+
+def _lint_accelerations(message: TrajectoryMessage) -> Finding | None:
+    for index, point in enumerate(message.points):
+        if point.accelerations.size and point.positions.size and not point.velocities.size:
+            return Finding(
+                Rule.ACCELERATION_WITHOUT_VELOCITY,
+                f'point {index} has accelerations without velocities: send velocities too, or leave accelerations empty',
+            )
+    return None
+
+
+def _lint_effort(message: TrajectoryMessage) -> Finding | None:
+    for index, point in enumerate(message.points):
+        if point.effort.size:
+            return Finding(
+                Rule.EFFORT_UNCHECKED, f'point {index} has effort up to {np.abs(point.effort).max():.4g}: leave effort empty'
+            )
+    return None
+
+
+def _lint_first_point(message: TrajectoryMessage) -> Finding | None:
+    points = message.points
+    if not points or message.stamp_ns != 0 or points[0].time_from_start_ns > 0:
+        return None
+    return Finding(
+        Rule.STEP_TO_FIRST_POINT,
+        f'stamp 0 with time_from_start {points[0].time_from_start_ns / NS_PER_S:g} leaves no time to reach point 0: '
+        'give it a time_from_start of several update periods',
+    )
+
+
+def _lint_single(message: TrajectoryMessage) -> Finding | None:
+    if len(message.points) != 1:
+        return None
+    return Finding(Rule.SINGLE_POINT, 'one point only: send at least two, the last of them at rest')
+
+
+def _lint_velocities(message: TrajectoryMessage) -> Finding | None:
+    if not message.points or any(point.velocities.size or point.accelerations.size for point in message.points):
+        return None
+    return Finding(Rule.POSITIONS_ONLY, 'no point has velocities: send them with the positions')

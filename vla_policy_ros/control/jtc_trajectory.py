@@ -64,9 +64,7 @@ class TrajectoryMessage:
         """The message that carries a `JointTrajectory`: positions and velocities, never accelerations."""
         points = [
             TrajectoryPoint(int(time), position, velocity)
-            for time, position, velocity in zip(
-                trajectory.times_ns, trajectory.positions, trajectory.velocities, strict=True
-            )
+            for time, position, velocity in zip(trajectory.times_ns, trajectory.positions, trajectory.velocities, strict=True)
         ]
         return cls(tuple(trajectory.joint_names), points, stamp_ns)
 
@@ -96,9 +94,13 @@ class Sample:
 
 
 class Trajectory:
-    """A trajectory message on the clock, sampled forward. Missing positions that it deduces stay filled in."""
+    """A trajectory message on the clock, sampled forward. Missing positions that it deduces stay filled in.
 
-    def __init__(self) -> None:
+    ``keeps_cursor_when_looking_ahead`` is Rolling's answer to a look past the end, see `sample`.
+    """
+
+    def __init__(self, keeps_cursor_when_looking_ahead: bool = False) -> None:
+        self._keeps_cursor = keeps_cursor_when_looking_ahead
         self._points: list[TrajectoryPoint] = []
         self._start_ns = 0
         self._time_before_ns = 0
@@ -121,15 +123,6 @@ class Trajectory:
         """Whether this message has been sampled."""
         return self._sampled
 
-    def copy(self) -> Trajectory:
-        """An independent trajectory in the same state."""
-        other = Trajectory()
-        other._points = [point.copy() for point in self._points]
-        other._start_ns, other._time_before_ns = self._start_ns, self._time_before_ns
-        other._state_before = self._state_before.copy()
-        other._sampled, other._cursor = self._sampled, self._cursor
-        return other
-
     def update(self, message: TrajectoryMessage) -> None:
         """Replace the trajectory. Nothing of the old one is kept except the state before the message."""
         self._points = [point.copy() for point in message.points]
@@ -137,9 +130,7 @@ class Trajectory:
         self._sampled = False
         self._cursor = 0
 
-    def set_point_before_trajectory_msg(
-        self, time_ns: int, state: TrajectoryPoint, wraparound: Sequence[bool] = ()
-    ) -> None:
+    def set_point_before_trajectory_msg(self, time_ns: int, state: TrajectoryPoint, wraparound: Sequence[bool] = ()) -> None:
         """Say where the motion comes from: ``state`` at ``time_ns``. Call after `update`.
 
         ``wraparound`` marks joints that turn without end; their position is shifted by whole turns to be nearest to point 0.
@@ -156,13 +147,11 @@ class Trajectory:
         self._time_before_ns = time_ns
         self._state_before = state
 
-    def sample(
-        self, time_ns: int, method: InterpolationMethod = 'splines', search_monotonically_increasing: bool = True
-    ) -> Sample:
+    def sample(self, time_ns: int, method: InterpolationMethod = 'splines', search_monotonically_increasing: bool = True) -> Sample:
         """State at ``time_ns``.
 
         The search starts at a cursor that only moves forward; with ``search_monotonically_increasing=False`` the cursor stays,
-        except that sampling past the end always moves it to the end.
+        except that before Rolling a sample past the end moves it there all the same: from then on the last point is returned.
         """
         if not self._points:
             return Sample(None, 0, 0)
@@ -188,12 +177,13 @@ class Trajectory:
                 if search_monotonically_increasing:
                     self._cursor = index
                 return Sample(state, index, index + 1)
+        if search_monotonically_increasing or not self._keeps_cursor:
+            self._cursor = len(self._points) - 1
         return self._ended()
 
     def _ended(self) -> Sample:
         """The last point, held; absent derivatives are zero."""
         count = len(self._points)
-        self._cursor = count - 1
         last = self._points[-1]
         if last.positions.size == 0 and count > 1 and self._points[-2].positions.size:
             previous = self._points[-2]
@@ -206,9 +196,7 @@ class Trajectory:
                 setattr(state, name, np.zeros_like(state.positions))
         return Sample(state, count - 1, count)
 
-    def _interpolate(
-        self, a: TrajectoryPoint, a_ns: int, b: TrajectoryPoint, b_ns: int, time_ns: int
-    ) -> TrajectoryPoint:
+    def _interpolate(self, a: TrajectoryPoint, a_ns: int, b: TrajectoryPoint, b_ns: int, time_ns: int) -> TrajectoryPoint:
         duration = (b_ns - a_ns) * 1e-9
         _deduce(a, b, duration)
         velocity = a.velocities.size > 0 and b.velocities.size > 0
