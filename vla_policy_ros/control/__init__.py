@@ -11,6 +11,6 @@ owner updates. Imports numpy only; MuJoCo when a workspace is configured, to rea
 - `commanded`, `timeline`: what has been commanded, as one continuous motion; when things happen, and how chunks follow each other.
 - `chunk_path`, `follower`, `smoothing`, `planner`: expire, join, follow within the limits, rest.
 - `moves`: one-shot moves to a pose. `acceptance`: whether a controller executes what was published.
-- `jtc`, `jtc_trajectory`, `jtc_blending`, `jtc_stopping`, `jtc_rules`: emulator of the joint_trajectory_controller (Humble to Rolling),
-  for the simulator, the tests and for lint. `jtc_advice`: what its parameters mean for who sends to it.
+- `jtc`, `jtc_trajectory`, `jtc_blending`, `jtc_stopping`, `jtc_rules`: emulator of the joint_trajectory_controller, Humble to
+  Rolling, for the simulator, the tests and for lint. `jtc_advice`: what its parameters mean for who sends to it.
 """
