@@ -252,6 +252,7 @@ def test_reported_parameters_arrive_by_their_names() -> None:
     values = VALUES | {
         'constraints.a.trajectory': 0.2, 'constraints.b.goal': 0.1, 'command_interfaces': ['position'],
         'interpolation_method': 'none', 'allow_partial_joints_goal': True,
+        'constraints.decelerate_on_cancel': True, 'speed_scaling.initial_scaling_factor': 0.5,
     }  # fmt: skip
     parameters = to_parameters(values, ARM, 250)
     assert parameters.joints == ('b', 'a')
@@ -259,6 +260,12 @@ def test_reported_parameters_arrive_by_their_names() -> None:
     assert parameters.goal_time == 0.5 and parameters.cmd_timeout == 1.0 and parameters.update_rate == 250.0
     assert parameters.interpolate_from_desired_state and parameters.allow_partial_joints_goal
     assert parameters.interpolation_method == 'none' and not parameters.effort_command_interface
+    assert parameters.decelerate_on_cancel and parameters.speed_scaling == 0.5
+
+
+def test_a_controller_that_runs_its_trajectories_slower_is_refused() -> None:
+    (refusal,) = judge_controller('arm', ARM, VALUES | {'speed_scaling.initial_scaling_factor': 0.5}, 100, EMISSION).refusals
+    assert 'speed_scaling.initial_scaling_factor is 0.5' in refusal
 
 
 def test_the_update_rate_is_the_controllers_own_then_the_managers_then_that_of_the_robot_file() -> None:

@@ -40,7 +40,13 @@ _PLAIN = (
     'interpolation_method',
     'cmd_timeout',
 )
-_OTHER = ('joints', 'interface_name', 'command_interfaces', 'update_rate', 'constraints.goal_time')
+# The same for those whose name there is another.
+_NAMED = {
+    'goal_time': 'constraints.goal_time',
+    'decelerate_on_cancel': 'constraints.decelerate_on_cancel',
+    'speed_scaling': 'speed_scaling.initial_scaling_factor',
+}
+_OTHER = ('joints', 'interface_name', 'command_interfaces', 'update_rate')
 _PER_JOINT = {
     'trajectory_tolerance': 'trajectory',
     'goal_tolerance': 'goal',
@@ -266,13 +272,13 @@ def to_parameters(values: Mapping[str, Any], controller: Controller, manager_rat
     """
     joints = tuple(values['joints'])
     known: dict[str, Any] = {name: values[name] for name in _PLAIN if values.get(name) is not None}
+    known |= {field: values[name] for field, name in _NAMED.items() if values.get(name) is not None}
     for field, suffix in _PER_JOINT.items():
         known[field] = {joint: value for joint in joints if (value := values.get(f'constraints.{joint}.{suffix}')) is not None}
     return ControllerParameters.for_distro(
         controller.distro or _distro(),
         joints,
         update_rate=float(values.get('update_rate') or manager_rate or controller.update_rate),
-        goal_time=values.get('constraints.goal_time') or 0.0,
         effort_command_interface='effort' in (values.get('command_interfaces') or ()),
         **known,
     )
@@ -285,4 +291,4 @@ def _distro() -> Distro:
 
 
 def _is_of_interest(parameter: str) -> bool:
-    return parameter in _PLAIN or parameter in _OTHER or parameter.startswith('constraints.')
+    return parameter in (*_PLAIN, *_NAMED.values(), *_OTHER) or parameter.startswith('constraints.')
