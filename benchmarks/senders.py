@@ -7,6 +7,7 @@ are read by name, and a joint that a message lacks keeps its last value.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -107,7 +108,7 @@ class Ours:
         self._world.at(self._world.true_ns, lambda: self._runtime.collect(self._world.now_ns))
 
 
-class Naive:
+class Naive(ABC):
     """The loop that the naive senders share. Subclasses say what to do with a chunk and when to ask for one."""
 
     def __init__(self) -> None:
@@ -131,6 +132,7 @@ class Naive:
 
     def put_reference(self, positions: Array, stamp_ns: int) -> None:
         """See `Sender`; nobody listens."""
+        del positions, stamp_ns
 
     def status(self) -> str:
         """See `Sender`; there is none."""
@@ -152,9 +154,9 @@ class Naive:
             raise RuntimeError('the synthetic policy failed') from error
         self.take(chunk)
 
+    @abstractmethod
     def take(self, chunk: ActionChunk) -> None:
         """An answer arrives."""
-        raise NotImplementedError
 
     def send(self, points: list[TrajectoryPoint], stamp_ns: int = 0) -> None:
         """Publish a message for all joints."""

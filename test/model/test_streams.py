@@ -235,7 +235,7 @@ def test_sampling_loop_never_waits_for_the_device(conditioning: str, form: str, 
         backbone.rotary(prefix, given['positions'][:, -expert.layout.length :].to('meta')),
         torch.empty(2, 1, 48, device='meta'),
     )
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises(RuntimeError, match='meta'):
         bool(condition.allowed.all())
     with torch.no_grad():
         chunk = expert.denoise(
