@@ -19,13 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from fault_cases import all_faults
-from harness import ReferencePath, robot
-from measures import Measures, broken_promises, measure, plain, worst
+from measures import Measures, broken_promises, plain, worst
 from rich.console import Console
 from rich.table import Column, Table
-from senders import NAIVE, OURS, run
-
-from vla_policy_ros.control.limits import JointLimits
+from senders import NAIVE, OURS, worst_of_seeds
 
 SCHEMA, VERSION = 'vla_policy_ros/benchmarks/faults', 1
 SENDERS = ('ours, replace', *NAIVE)
@@ -51,17 +48,7 @@ Card = dict[tuple[str, str], Measures]
 
 def score(senders: Sequence[str], faults: Sequence[str], seeds: int) -> Card:
     """The row of every sender and fault."""
-    limits = JointLimits.from_robot(robot())
-    card: Card = {}
-    for sender in senders:
-        for name in faults:
-            rows = []
-            for seed in range(seeds):
-                fault = next(fault for fault in all_faults() if fault.name == name)
-                trace = run(sender, fault, LATENCY_MS, seed, SECONDS)
-                rows.append(measure(trace, limits, ReferencePath(seed), fault))
-            card[sender, name] = worst(rows)
-    return card
+    return {(sender, name): worst_of_seeds(sender, name, LATENCY_MS, seeds, SECONDS) for sender in senders for name in faults}
 
 
 def judge(card: Card) -> list[str]:

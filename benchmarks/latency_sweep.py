@@ -20,13 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from fault_cases import all_faults
-from harness import ReferencePath, robot
-from measures import Measures, broken_promises, measure, plain, worst
+from measures import Measures, broken_promises, plain
 from rich.console import Console
 from rich.table import Table
-from senders import NAIVE, OURS, run
-
-from vla_policy_ros.control.limits import JointLimits
+from senders import NAIVE, OURS, worst_of_seeds
 
 SCHEMA, VERSION = 'vla_policy_ros/benchmarks/latency_sweep', 1
 LATENCIES_MS = tuple(range(0, 601, 50))
@@ -45,17 +42,8 @@ Sweep = dict[tuple[str, int], Measures]
 
 def sweep(senders: Sequence[str], latencies_ms: Sequence[int], seeds: int) -> Sweep:
     """The row of every sender and latency."""
-    limits = JointLimits.from_robot(robot())
-    found: Sweep = {}
-    for sender in senders:
-        for latency_ms in latencies_ms:
-            rows = []
-            for seed in range(seeds):
-                fault = all_faults()[0]
-                trace = run(sender, fault, latency_ms, seed, SECONDS)
-                rows.append(measure(trace, limits, ReferencePath(seed), fault))
-            found[sender, latency_ms] = worst(rows)
-    return found
+    no_fault = all_faults()[0].name
+    return {(name, ms): worst_of_seeds(name, no_fault, ms, seeds, SECONDS) for name in senders for ms in latencies_ms}
 
 
 def judge(found: Sweep) -> list[str]:

@@ -14,8 +14,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from fault_cases import MS, Fault
+from fault_cases import MS, Fault, all_faults
 from harness import CAMERA, CONTROLLER, JOINTS, Array, Policy, ReferencePath, Sender, Trace, World, robot
+from measures import Measures, measure, worst
 
 from vla_policy_ros.control.jtc_trajectory import TrajectoryMessage, TrajectoryPoint
 from vla_policy_ros.control.limits import JointLimits
@@ -248,6 +249,16 @@ def run(name: str, fault: Fault, latency_ms: int, seed: int, seconds: float) -> 
     policy = Policy(machine, path, seed, guided=name.endswith('rtc_guided'))
     sender = (OURS | NAIVE)[name]()
     return World(machine, path, policy, sender, fault, latency_ms * MS, seed).run(seconds)
+
+
+def worst_of_seeds(name: str, fault_name: str, latency_ms: int, seeds: int, seconds: float) -> Measures:
+    """What one sender makes of one fault, at worst."""
+    limits = JointLimits.from_robot(robot())
+    rows = []
+    for seed in range(seeds):
+        fault = next(fault for fault in all_faults() if fault.name == fault_name)  # a new one: faults keep state
+        rows.append(measure(run(name, fault, latency_ms, seed, seconds), limits, ReferencePath(seed), fault))
+    return worst(rows)
 
 
 def _ns(message: Any) -> int:
