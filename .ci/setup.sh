@@ -196,18 +196,19 @@ if command -v flock >/dev/null && ! flock -n 9; then
   flock 9
 fi
 
-total=8
+total=9
 base_hash=$("$venv/bin/python" -V | cut -d' ' -f2)
 requirement_step torch 'PyTorch'
 requirement_step ros 'ROS 2 Jazzy'
 requirement_step runtime 'libraries'
+requirement_step training 'training libraries'
 requirement_step messages 'message build tools'
 requirement_step dev 'test tools'
 step msg "$base_hash-$(hash_of msg requirements/ros.txt requirements/messages.txt)" 'building the messages' build_messages
 step package "$base_hash-$(hash_of setup.py setup.cfg resource launch)" 'installing vla_policy_ros' install_package
 step gl "$base_hash-$(hash_of requirements/runtime.txt)" 'software renderer' find_renderer
 if [ "$extra" = colcon ]; then
-  total=9
+  total=10
   requirement_step colcon 'colcon'
 fi
 
