@@ -28,6 +28,7 @@ ROBOT = {'action_dim': 7, 'state_dim': 7, 'horizon': 10, 'vocab_size': 32000, 'b
         ({'geometry_config': {'encoder_heads': 5}}, 'encoder_dim'),
         ({'expert_config': {'mode': 'shared'}}, 'hidden_size is 48.*64'),
         ({'expert_config': {'num_layers': 3}}, 'num_layers'),
+        ({'expert_config': {'fusion_depth': 'shallow'}}, 'fusion_depth'),
         ({'expert_config': {'state_dim': None}}, 'state_dim'),
         ({'expert_config': {'time_conditioning': 'none'}}, 'time_conditioning'),
         ({'expert_config': {'suffix_attention': 'causal'}}, 'time token'),

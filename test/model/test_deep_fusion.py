@@ -19,6 +19,7 @@ from toy import (
     fixed_state,
     flow_loss,
     joint_pass,
+    mild,
     noise,
     padded_on_either_side,
     policy_inputs,
@@ -29,6 +30,7 @@ from toy import (
 )
 
 from vla_policy_ros.model.attention import additive_mask, block_attention_mask, boolean_mask
+from vla_policy_ros.model.deep_fusion import LayerCache, PrefixCache
 
 SHARED = {'expert_config': {'mode': 'shared', 'hidden_size': 64}}
 MISTRAL = {'text_config': {'model_type': 'mistral', 'sliding_window': None, 'head_dim': 16}}
@@ -39,6 +41,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     'mistral_shared': {**MISTRAL, **SHARED},
     'causal_prefix': {'prefix_attention': 'causal'},
     'fewer_layers': {'expert_config': {'num_layers': 2}},
+    'late': {'expert_config': {'fusion_depth': 'late'}},
+    'late_shared': {'expert_config': {**SHARED['expert_config'], 'fusion_depth': 'late'}},
+    'late_fewer_layers': {'expert_config': {'num_layers': 2, 'fusion_depth': 'late'}},
     'no_grouped_heads': {'text_config': {'num_key_value_heads': 4}},
 }
 every_variant = pytest.mark.parametrize('variant', VARIANTS)
@@ -62,6 +67,35 @@ def test_cached_suffix_equals_one_joint_pass_over_both_streams(variant: str, pad
     torch.testing.assert_close(suffix, slow_suffix, atol=2e-5, rtol=0)
     valid = given['pad']
     torch.testing.assert_close(joint_prefix[valid], slow_prefix[valid], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(('fusion_depth', 'read'), [('deep', {0, 1, 2, 3}), ('late', {3})])
+@torch.no_grad()
+def test_a_suffix_reads_the_layers_that_its_fusion_names_and_no_others(fusion_depth: str, read: set[int]) -> None:
+    model = toy_model(expert_config={'fusion_depth': fusion_depth})
+    given = backbone_inputs(model, RIGHT)
+    backbone = model.language_model_with_expert
+    cache = backbone.prefix_pass(given['prefix'], given['mask'], given['positions'], cache_only=True).cache
+
+    def suffix(spoilt: int | None) -> Tensor:
+        layers = [
+            LayerCache(-key, value) if index == spoilt else LayerCache(key, value)
+            for index, (key, value) in enumerate(cache.layers)
+        ]
+        changed = PrefixCache(tuple(layers), cache.length)
+        return backbone(given['mask'], given['positions'], changed, (None, given['suffix']))[0][1]
+
+    assert {index for index in range(4) if not torch.equal(suffix(index), suffix(None))} == read
+
+
+@torch.no_grad()
+def test_late_fusion_samples_the_same_from_a_cache_with_room_and_without() -> None:
+    model = mild(toy_model(expert_config={'fusion_depth': 'late'}))
+    inputs = policy_inputs()
+    fixed, roomy = (model.denoise(model.encode_prefix(inputs, form), noise=noise()) for form in ('immutable', 'preallocated'))
+    torch.testing.assert_close(fixed, roomy, atol=2e-5, rtol=0)
+    deep = mild(toy_model()).predict_action(inputs, noise=noise())
+    assert (fixed - deep).abs().max() > 0.01
 
 
 @padded_on_either_side

@@ -143,7 +143,7 @@ def velocity_field(
 def single_stream(
     model: MapAnythingLlava3DForConditionalGeneration, given: dict[str, Tensor], condition: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Deep fusion written the slow way: one sequence, every layer projects each stream with its own weights, then attends once.
+    """Both fusions written the slow way: one sequence, every layer projects each stream with its own weights, then attends once.
 
     ``condition`` ``[B or 1, E]`` is the time condition of adaptive norms.
     """
@@ -164,14 +164,15 @@ def single_stream(
         scale, shift, gate = table[:, None].unflatten(-1, (2, 3, -1))[..., norm, :, :].unbind(dim=-2)
         return normed * (1.0 + scale) + shift, gate
 
-    for index, base in enumerate(backbone.base.layers):
-        layers, present, keys = (base, experts[index // backbone.layer_stride]), streams, mask.shape[-1]
-        if index % backbone.layer_stride:
+    for base, number, advances in _pairs(model, len(experts)):
+        if number is None:
             # Nobody pairs with this layer: the prefix advances alone, the suffix passes by.
             layers, present, keys = (base,), streams[:1], length
+        else:
+            layers, present, keys = (base, experts[number]), streams, mask.shape[-1]
         tables: list[Tensor | None] = [None, None]
-        if condition is not None:
-            tables[1] = backbone.expert_modulation.layers[index // backbone.layer_stride](condition)
+        if condition is not None and number is not None:
+            tables[1] = backbone.expert_modulation.layers[number](condition)
         normed = [
             adapted(layer.input_layernorm(hidden), table, 0) for layer, hidden, table in zip(layers, present, tables, strict=False)
         ]
@@ -190,6 +191,8 @@ def single_stream(
         weights = torch.softmax(scores.masked_fill(~mask[:, :, :keys, :keys], float('-inf')), dim=-1).nan_to_num(0.0)
         mixed = (weights @ value).transpose(1, 2).flatten(2).split([part.shape[1] for part in present], dim=1)
         for i, layer in enumerate(layers):
+            if i == 0 and not advances:
+                continue
             hidden = present[i] + normed[i][1] * layer.self_attn.o_proj(mixed[i])
             second, gate = adapted(layer.post_attention_layernorm(hidden), tables[i], 1)
             streams[i] = hidden + gate * layer.mlp(second)
@@ -198,6 +201,15 @@ def single_stream(
         scale, shift = backbone.expert_modulation.final(condition)[:, None].chunk(2, dim=-1)
         suffix = suffix * (1.0 + scale) + shift
     return backbone.base.norm(streams[0]), suffix
+
+
+def _pairs(model: MapAnythingLlava3DForConditionalGeneration, experts: int) -> list[tuple[nn.Module, int | None, bool]]:
+    """In order: a language layer, the number of the suffix layer that attends with it or None, and whether the prefix advances."""
+    base = list(model.language_model_with_expert.base.layers)
+    if model.config.expert_config.fusion_depth == 'late':
+        return [(layer, None, True) for layer in base[:-1]] + [(base[-1], index, index == experts - 1) for index in range(experts)]
+    stride = len(base) // experts
+    return [(layer, None if index % stride else index // stride, True) for index, layer in enumerate(base)]
 
 
 def policy_inputs(batch: int = 2, views: int = 2, seed: int = 2, tokens: int = TOKENS_PER_VIEW) -> dict[str, Tensor]:

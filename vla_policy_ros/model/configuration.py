@@ -18,6 +18,7 @@ PREFIX_ATTENTION = ('bidirectional', 'causal', 'image_bidirectional_text_causal'
 STREAM_ATTENTION = ('auto', 'eager', 'sdpa')
 SUFFIX_ATTENTION = ('block', 'state_block', 'causal')
 EXPERT_MODES = ('separate', 'shared')
+FUSION_DEPTHS = ('deep', 'late')
 TIME_CONDITIONING = ('token', 'concat_mlp', 'adarms')
 TIME_SAMPLING = ('uniform', 'beta')
 SOLVERS = ('euler', 'ab2', 'midpoint')
@@ -135,6 +136,8 @@ class ActionExpertConfig(PreTrainedConfig):
             language model.
         num_layers: suffix layers; None is one per language layer. Fewer must divide the language model's count: suffix layer j
             then reads language layer j * stride.
+        fusion_depth: ``deep``: each suffix layer reads the language layer that it is paired with; ``late``: all of them read the
+            last one.
         action_dim, action_horizon, state_dim, use_state: A, T, S, and whether a state token leads the suffix.
         time_conditioning: ``token`` appends one time token; ``concat_mlp`` mixes the time into every action token (as in pi0);
             ``adarms`` lets it scale, shift and gate every norm of the suffix (as in pi0.5). Only the last two know a time per
@@ -155,6 +158,7 @@ class ActionExpertConfig(PreTrainedConfig):
     intermediate_size: int | None = None
     mlp_ratio: float = 4.0
     num_layers: int | None = None
+    fusion_depth: str = 'deep'
     action_dim: int = 7
     action_horizon: int = 10
     state_dim: int | None = None
@@ -179,6 +183,7 @@ class ActionExpertConfig(PreTrainedConfig):
         _refuse_unknown(place, kwargs)
         super().__post_init__(**kwargs)
         _one_of(f'{place}.mode', self.mode, EXPERT_MODES)
+        _one_of(f'{place}.fusion_depth', self.fusion_depth, FUSION_DEPTHS)
         _one_of(f'{place}.time_conditioning', self.time_conditioning, TIME_CONDITIONING)
         _one_of(f'{place}.time_sampling', self.time_sampling, TIME_SAMPLING)
         _one_of(f'{place}.suffix_attention', self.suffix_attention, SUFFIX_ATTENTION)

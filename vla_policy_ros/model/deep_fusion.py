@@ -8,6 +8,9 @@ the cache.
     prefix:  x_p -> [layer 0] -> [layer 1] -> ...            uses the language model's weights
                       |K,V         |K,V
     suffix:  x_s -> [layer 0] -> [layer 1] -> ... -> norm    uses the expert's weights (or, shared, the language model's)
+
+Late fusion, which deep fusion is compared with, differs in one thing: all suffix layers read keys and values of the prefix's last
+layer.
 """
 
 from __future__ import annotations
@@ -180,8 +183,10 @@ class LLaVA3DWithActionExpertModel(nn.Module):
         self.expert_num_layers = self.num_layers if self.shared else expert_config.num_layers or self.num_layers
         if self.num_layers % self.expert_num_layers:
             raise ValueError(f'{self.num_layers} language layers cannot be paired with {self.expert_num_layers} expert layers')
-        self.layer_stride = self.num_layers // self.expert_num_layers
-        self.last_read_layer = (self.expert_num_layers - 1) * self.layer_stride
+        stride = self.num_layers // self.expert_num_layers
+        late = expert_config.fusion_depth == 'late'
+        self.layers_read = tuple(self.num_layers - 1 if late else index * stride for index in range(self.expert_num_layers))
+        self.last_read_layer = self.layers_read[-1]
         layer_class = type(self.base.layers[0])
         self.expert_model = None if self.shared else ExpertLayers(text, layer_class, expert_config, self.expert_num_layers)
         self.expert_norm = type(self.base.norm)(self.expert_hidden_size, eps=text.rms_norm_eps)
@@ -352,7 +357,7 @@ class LLaVA3DWithActionExpertModel(nn.Module):
         hidden = embeds
         layers = self.base.layers if self.expert_model is None else self.expert_model.layers
         for index, layer in enumerate(layers):
-            past = cache.layers[index * self.layer_stride]
+            past = cache.layers[self.layers_read[index]]
             table = None if modulation is None else modulation.layers[index]
             hidden = self._run_layer(self._suffix_layer, layer, hidden, *past, cache.room, allowed, rotary, table)
         normed = self.expert_norm(hidden)
