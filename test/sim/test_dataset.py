@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -31,19 +32,44 @@ def test_shapes_and_units(batch):
         assert example.actions.shape == (ROBOT.action.horizon, 7) and example.actions.dtype == np.float64
 
 
-def test_a_scene_gives_one_example_per_object_on_the_same_pixels(batch):
-    for start in range(0, len(batch), 3):
-        trio = batch[start : start + 3]
-        assert len({example.scene_id for example in trio}) == 1
-        assert all(e.observation.cameras['scene'].rgb is trio[0].observation.cameras['scene'].rgb for e in trio)
-        assert len({e.observation.instruction for e in trio}) == 3
-        assert not np.allclose(trio[0].actions[-1], trio[1].actions[-1])
+def scenes_of(batch):
+    return [list(group) for _, group in itertools.groupby(batch, key=lambda example: example.scene_id)]
+
+
+def test_examples_of_a_scene_differ_in_sentence_and_actions_on_the_same_pixels(batch):
+    sizes = set()
+    for scene in scenes_of(batch)[:-1]:
+        sizes.add(len(scene))
+        assert all(e.observation.cameras['scene'].rgb is scene[0].observation.cameras['scene'].rgb for e in scene)
+        assert all(e.labels is scene[0].labels for e in scene)
+        assert len({e.observation.instruction for e in scene}) == len(scene)
+        assert not np.allclose(scene[0].actions[-1], scene[1].actions[-1])
+    assert sizes == {2, 3}, 'three objects to reach, or twins and one other'
+
+
+def test_labels_are_true_of_the_pictures(batch):
+    for scene in scenes_of(batch):
+        labels, view = scene[0].labels, scene[0].observation.cameras['scene']
+        twins = len(scene) == 2
+        for slot, (kind, pixel, point) in enumerate(zip(labels.kinds, labels.pixels['scene'], labels.points, strict=True)):
+            if not np.isfinite(pixel).all():
+                continue
+            u, v = pixel.round().astype(int)
+            shown = view.rgb[v, u].astype(float)
+            wanted = np.array(list(COLOURS.values())[kind[0]])
+            assert (shown - shown.mean()) @ (wanted - wanted.mean()) > 0, (slot, shown)
+            depth = labels.depth['scene'][v // 10, u // 10]
+            assert 0.4 < depth < 1.4 and 0.3 < point[0] < 0.7 and 0.01 < point[2] < 0.06
+            if twins and slot < 2:
+                assert np.array_equal(kind, labels.kinds[1 - slot])
 
 
 def test_target_pixel_shows_the_named_colour(batch):
     checked = 0
     for example in batch:
         target = parse_instruction(example.observation.instruction, sample_scene(example.scene_id).objects).object
+        if target is None:
+            continue  # twins
         wanted = np.array(COLOURS[target.colour]) - np.mean(COLOURS[target.colour])
         for camera, pixel in example.target_pixels.items():
             if pixel is None:

@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 
 from vla_policy_ros.sim.expert import ArmKinematics, expert_chunk
-from vla_policy_ros.sim.scene import COLOURS, MIN_SPACING, sample_scene
+from vla_policy_ros.sim.scene import (
+    CAMERA_SHIFT,
+    COLOURS,
+    HELD_OUT_KINDS,
+    JITTER,
+    MIN_SPACING,
+    Variation,
+    sample_scene,
+)
 from vla_policy_ros.sim.world import TabletopWorld
 
 ROOT = Path(__file__).parents[2]
@@ -39,12 +47,42 @@ def test_same_seed_same_scene_pixels_and_motion(world):
     assert not any(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_jitter_moves_camera_and_light_but_not_the_task():
-    plain, jittered = sample_scene(5), sample_scene(5, jitter=True)
-    assert plain.objects == jittered.objects and np.array_equal(plain.start, jittered.start) and plain.fovy == jittered.fovy
+def test_variation_moves_camera_light_and_surfaces_but_not_the_task():
+    plain, jittered = sample_scene(5), sample_scene(5, JITTER)
+    assert [(o.name, o.x, o.y, o.yaw, o.scale) for o in plain.objects] == [(o.name, o.x, o.y, o.yaw, o.scale) for o in jittered.objects]
+    assert np.array_equal(plain.start, jittered.start) and plain.fovy == jittered.fovy
     moved = np.abs(jittered.camera_position - plain.camera_position)
-    assert 0.0 < moved.max() <= 0.025
-    assert plain.light != jittered.light
+    assert 0.0 < moved.max() <= CAMERA_SHIFT and not np.array_equal(plain.camera_axes, jittered.camera_axes)
+    assert plain.light != jittered.light and plain.table != jittered.table
+    assert all(o.tint == (0.0, 0.0, 0.0) for o in plain.objects) and all(o.tint != (0.0, 0.0, 0.0) for o in jittered.objects)
+    shifted = [sample_scene(seed, Variation(camera='shifted', camera_shift=0.02)) for seed in range(50)]
+    offsets = np.abs([scene.camera_position - plain.camera_position for scene in shifted])
+    assert 0.015 < offsets.max() <= 0.02 and all(np.array_equal(scene.camera_axes, plain.camera_axes) for scene in shifted)
+
+
+def test_held_out_kinds_appear_only_where_they_are_asked_for():
+    assert not any((o.colour, o.shape) in HELD_OUT_KINDS for seed in range(300) for o in sample_scene(seed).objects)
+    wanted = [sample_scene(seed, Variation(kinds='held_out')).objects for seed in range(50)]
+    assert {(objects[0].colour, objects[0].shape) for objects in wanted} == set(HELD_OUT_KINDS)
+    assert not any((o.colour, o.shape) in HELD_OUT_KINDS for objects in wanted for o in objects[1:])
+
+
+def test_twins_are_the_only_objects_of_one_name():
+    for seed in range(50):
+        names = [o.name for o in sample_scene(seed, Variation(twins=True)).objects]
+        assert names[0] == names[1] != names[2]
+
+
+def test_shared_colour_can_be_asked_for_and_excluded():
+    for wanted in (True, False):
+        scenes = [sample_scene(seed, Variation(shared_colour=wanted)) for seed in range(50)]
+        assert all((len({o.colour for o in scene.objects}) < 3) == wanted for scene in scenes)
+
+
+@pytest.mark.parametrize('wrong', [{'kinds': 'all'}, {'camera': 'left'}, {'camera_shift': 1.0}])
+def test_unknown_variations_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Variation(**wrong)
 
 
 def test_objects_are_unique_apart_and_sometimes_share_a_colour():
@@ -56,7 +94,7 @@ def test_objects_are_unique_apart_and_sometimes_share_a_colour():
         gaps = np.linalg.norm(places[:, None] - places[None], axis=-1)[np.triu_indices(3, 1)]
         assert gaps.min() >= MIN_SPACING
         shared += len({o.colour for o in objects}) < 3
-    assert 30 < shared < 100
+    assert 40 < shared < 100
 
 
 @pytest.mark.parametrize('seed', [0, 1, 2])

@@ -1,9 +1,9 @@
 """Training examples from the simulator: what the live node would see, and what the expert would do.
 
 Episodes are not played. Each scene is one state on a perturbed expert path: the arm has travelled for a random time towards
-one of the objects, pushed about on the way, so that the examples include states off every clean path and states at and after
+the goal of a task, pushed about on the way, so that the examples include states off every clean path and states at and after
 arrival, where the right answer is to come back or to stay. The two cameras are rendered once, and the expert's chunk is
-computed for *every* object of the scene: several examples share the pixels and differ in the sentence and the actions, which
+computed for *every* episode of the scene: several examples share the pixels and differ in the sentence and the actions, which
 makes the sentence matter.
 
 Enters: a robot file, a seed. Leaves: `Example`s in the live node's `Observation` type. One thread (see `world`).
@@ -11,15 +11,16 @@ Enters: a robot file, a seed. Leaves: `Example`s in the live node's `Observation
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vla_policy_ros.robot import Robot
-from vla_policy_ros.sim.expert import ArmKinematics, expert_chunk, expert_step
-from vla_policy_ros.sim.instructions import instruction_for
+from vla_policy_ros.sim.expert import ArmKinematics
+from vla_policy_ros.sim.scene import COLOURS, SHAPES
+from vla_policy_ros.sim.tasks import TASKS, Episode, Task, TaskState
 from vla_policy_ros.sim.world import TabletopWorld
 from vla_policy_ros.types import NS_PER_S, CameraView, Observation
 
@@ -29,9 +30,33 @@ MAX_TRAVEL = 45
 PUSH_SHARE = 0.5
 PUSH_SIZE = 0.06
 WOBBLE_SIZE = 0.012
+DEPTH_SIZE = (64, 48)
 
-# Scene seeds of the training stream start here, so that small seeds, which demos and tests use, are never trained on.
-_SCENE_SEED_BASE = 1 << 32
+MIX: dict[str, float] = {'reach': 0.85, 'reach_any': 0.15}
+"""Shares of the tasks among training scenes."""
+
+SCENE_SEED_BASE = 1 << 32
+"""Scene seeds of the training stream start here, so that smaller seeds, which demos, tests and evaluations use, are never trained."""
+
+
+@dataclass(frozen=True)
+class SceneLabels:
+    """What the simulator knows about the pictures of one scene; the examples of the scene share it.
+
+    Attributes:
+        kinds: int64 ``[objects, 2]``, indices of colour (in `scene.COLOURS`) and shape (in `scene.SHAPES`).
+        pixels: camera name to float64 ``[objects, 2]``, pixel ``(u, v)`` of each object's centre, NaN where the camera does not see
+            it there.
+        points: float64 ``[objects, 3]``, centres of the objects in the frame of the arm's base, m.
+        depth: camera name to float32 ``[48, 64]``, depth along the optical axis at the centres of equal tiles of the image, m.
+        fixed: cameras whose pose does not depend on the arm.
+    """
+
+    kinds: NDArray[np.int64]
+    pixels: Mapping[str, NDArray[np.float64]]
+    points: NDArray[np.float64]
+    depth: Mapping[str, NDArray[np.float32]]
+    fixed: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -43,14 +68,16 @@ class Example:
         actions: float64 ``[T, A]`` absolute joint positions in the order of ``robot.action.joints``; row ``i`` is the target
             at the observation's stamp plus ``(i + 1) * period``.
         target_pixels: per camera, the pixel ``(u, v)`` of the named object's centre, None where that camera does not see it
-            there.
+            there or several objects bear the name.
         scene_id: the scene's seed, shared by its examples.
+        labels: of the scene.
     """
 
     observation: Observation
     actions: NDArray[np.float64]
     target_pixels: dict[str, tuple[float, float] | None]
     scene_id: int
+    labels: SceneLabels
 
 
 class RobotMismatch(ValueError):
@@ -89,7 +116,7 @@ def _stream(robot: Robot, seed: int, count: int) -> Iterator[Example]:
     made = 0
     try:
         for scene in range(count):
-            for example in _scene_examples(world, kinematics, robot, _SCENE_SEED_BASE + (seed << 24) + scene):
+            for example in _scene_examples(world, kinematics, robot, SCENE_SEED_BASE + (seed << 24) + scene):
                 if made == count:
                     return
                 yield example
@@ -100,52 +127,72 @@ def _stream(robot: Robot, seed: int, count: int) -> Iterator[Example]:
 
 def _scene_examples(world: TabletopWorld, kinematics: ArmKinematics, robot: Robot, scene_id: int) -> Iterator[Example]:
     rng = np.random.default_rng([scene_id, 1])
-    world.reset(scene_id, jitter=True)
-    q, velocity = _state_on_noisy_path(world, kinematics, robot.action.period, rng)
-    world.set_arm(q)
-
-    cameras = {}
-    for name in robot.camera_names:
-        view = world.render(name)
-        cameras[name] = CameraView(view.rgb, view.K, NS_PER_S)
-    measured = {'position': q + rng.normal(0.0, STATE_NOISE, size=7), 'velocity': velocity + rng.normal(0.0, 0.01, size=7)}
-    state_columns = [world.joint_names.index(joint) for joint in robot.state.joints]
-    state = np.concatenate([measured[field][state_columns] for field in robot.state.fields])
-    action_columns = [world.joint_names.index(joint) for joint in robot.action.joints]
-
-    for spec in world.objects:
-        instruction = instruction_for(spec, world.objects, rng)
-        chunk = expert_chunk(kinematics, q, world.goal_point(spec.name), robot.action.horizon, robot.action.period)
+    task = TASKS[str(rng.choice(list(MIX), p=list(MIX.values())))]
+    episodes = task.training_episodes(scene_id)
+    world.reset_to(episodes[0].scene)
+    start = TaskState(episodes[0].scene.start, np.stack([world.object_position(slot) for slot in range(len(world.objects))]))
+    state, velocity = _state_on_noisy_path(task, episodes[0], kinematics, start, robot.action.period, rng)
+    world.set_arm(state.q)
+    cameras = {name: _view(world, name) for name in robot.camera_names}
+    labels = _labels(world, robot.camera_names)
+    measured = {'position': state.q + rng.normal(0.0, STATE_NOISE, size=7), 'velocity': velocity + rng.normal(0.0, 0.01, size=7)}
+    columns = [world.joint_names.index(joint) for joint in robot.state.joints]
+    vector = np.concatenate([measured[name][columns] for name in robot.state.fields])
+    columns = [world.joint_names.index(joint) for joint in robot.action.joints]
+    for episode in episodes:
+        target = episode.targets[0] if len(episode.targets) == 1 else None
         yield Example(
-            observation=Observation(NS_PER_S, cameras, state, NS_PER_S, instruction),
-            actions=chunk[:, action_columns],
-            target_pixels={name: world.visible_pixel(name, spec.name) for name in robot.camera_names},
+            observation=Observation(NS_PER_S, cameras, vector, NS_PER_S, episode.instruction),
+            actions=_chunk(task, kinematics, state, episode, robot)[:, columns],
+            target_pixels={name: None if target is None else world.visible_pixel(name, target) for name in robot.camera_names},
             scene_id=scene_id,
+            labels=labels,
         )
 
 
+def _view(world: TabletopWorld, name: str) -> CameraView:
+    view = world.render(name)
+    return CameraView(view.rgb, view.K, NS_PER_S)
+
+
+def _labels(world: TabletopWorld, cameras: tuple[str, ...]) -> SceneLabels:
+    slots = range(len(world.objects))
+    colours, nowhere = list(COLOURS), (np.nan, np.nan)
+    return SceneLabels(
+        kinds=np.array([[colours.index(spec.colour), SHAPES.index(spec.shape)] for spec in world.objects]),
+        pixels={name: np.array([world.visible_pixel(name, slot) or nowhere for slot in slots]) for name in cameras},
+        points=np.stack([world.object_position(slot) for slot in slots]),
+        depth={name: world.render_depth(name, *DEPTH_SIZE) for name in cameras},
+        fixed=tuple(name for name in cameras if name == 'scene'),
+    )
+
+
+def _chunk(task: Task, kinematics: ArmKinematics, state: TaskState, episode: Episode, robot: Robot) -> NDArray[np.float64]:
+    """The expert's next targets ``[T, 7]``."""
+    rows = []
+    for _ in range(robot.action.horizon):
+        state = task.step(kinematics, state, episode, robot.action.period)
+        rows.append(state.q)
+    return np.stack(rows)
+
+
 def _state_on_noisy_path(
-    world: TabletopWorld, kinematics: ArmKinematics, period: float, rng: np.random.Generator
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Joint positions and velocities ``[7]`` after travelling towards a random object for a random time, with pushes."""
-    q = world.scene.start.copy()
+    task: Task, episode: Episode, kinematics: ArmKinematics, state: TaskState, period: float, rng: np.random.Generator
+) -> tuple[TaskState, NDArray[np.float64]]:
+    """The state, and joint velocities ``[7]``, after a random time of the episode, with pushes."""
     velocity = np.zeros(7)
     if rng.random() < REST_SHARE:
-        return q, velocity
-    goal = world.goal_point(world.objects[int(rng.integers(len(world.objects)))].name)
+        return state, velocity
     steps = int(rng.integers(1, MAX_TRAVEL))
     pushed_at = int(rng.integers(steps)) if rng.random() < PUSH_SHARE else -1
     for index in range(steps):
-        before = q
-        q = expert_step(kinematics, q, goal, period)
-        velocity = (q - before) / period
-        q = q + rng.normal(0.0, WOBBLE_SIZE, size=7) * rng.random()
+        before = state.q
+        state = task.step(kinematics, state, episode, period)
+        velocity = (state.q - before) / period
+        q = state.q + rng.normal(0.0, WOBBLE_SIZE, size=7) * rng.random()
         if index == pushed_at:
             q = q + rng.normal(0.0, PUSH_SIZE, size=7)
-        q = _above_table(kinematics, np.clip(q, kinematics.lower, kinematics.upper), before)
-    return q, velocity
-
-
-def _above_table(kinematics: ArmKinematics, q: NDArray[np.float64], before: NDArray[np.float64]) -> NDArray[np.float64]:
-    """``q``, or ``before`` where a push would have driven the finger tips into the table."""
-    return q if kinematics.place(q)[0][2] > 0.015 else before
+        q = np.clip(q, kinematics.lower, kinematics.upper)
+        # A push that would have driven the finger tips into the table does not happen.
+        state = state.moved(q if kinematics.place(q)[0][2] > 0.015 else before)
+    return state, velocity

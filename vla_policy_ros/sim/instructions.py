@@ -17,19 +17,38 @@ from vla_policy_ros.sim.scene import COLOURS, SHAPES, ObjectSpec
 TEMPLATES = (
     'reach the {}',
     'reach for the {}',
+    'reach over to the {}',
     'go to the {}',
+    'go over to the {}',
     'move to the {}',
+    'move above the {}',
     'move the arm to the {}',
+    'move the gripper to the {}',
+    'bring the gripper above the {}',
     'touch the {}',
+    'please touch the {}',
     'point at the {}',
+    'now point to the {}',
+    'the {}',
 )
+HELD_OUT_TEMPLATES = (
+    'go and touch the {}',
+    'please go to the {} now',
+    'take the arm over to the {}',
+    'can you reach the {}',
+    'stop above the {}',
+    'hand to the {} please',
+)
+"""Sentences that are never trained, for the question whether a policy follows a sentence it has not heard."""
+
+NAMINGS = ('any', 'full', 'colour', 'shape')
 
 _SHAPE_WORDS = {
     'cube': 'cube', 'block': 'cube', 'box': 'cube',
     'ball': 'ball', 'sphere': 'ball',
     'cylinder': 'cylinder', 'can': 'cylinder',
 }  # fmt: skip
-_FULL_NAME_SHARE = 0.7
+_FULL_NAME_SHARE = 0.55
 
 
 @dataclass(frozen=True)
@@ -40,19 +59,42 @@ class Target:
     reason: str = ''
 
 
-def instruction_for(target: ObjectSpec, objects: Sequence[ObjectSpec], rng: np.random.Generator) -> str:
-    """A sentence that names ``target`` and no other of ``objects``.
+def can_name(target: ObjectSpec, objects: Sequence[ObjectSpec], naming: str) -> bool:
+    """Whether ``naming`` (``full``, ``colour`` or ``shape``) tells ``target`` from the others. ``any`` always does."""
+    if naming == 'colour':
+        return sum(spec.colour == target.colour for spec in objects) == 1
+    if naming == 'shape':
+        return sum(spec.shape == target.shape for spec in objects) == 1
+    return True
 
-    Mostly colour and shape; where one of the two is unique in the scene, sometimes that word alone.
+
+def instruction_for(
+    target: ObjectSpec,
+    objects: Sequence[ObjectSpec],
+    rng: np.random.Generator,
+    *,
+    naming: str = 'any',
+    templates: Sequence[str] = TEMPLATES,
+) -> str:
+    """A sentence that names ``target`` and no other of ``objects`` (twins share their name).
+
+    Args:
+        naming: ``full`` says colour and shape, ``colour`` or ``shape`` only that word; ``any`` draws among those that are enough,
+            mostly the full name.
+        templates: sentences with a place for the name.
+
+    Raises:
+        ValueError: the naming is unknown, or does not tell the target from the others.
     """
-    phrases = [target.name]
-    if sum(spec.colour == target.colour for spec in objects) == 1:
-        phrases.append(f'{target.colour} object')
-    if sum(spec.shape == target.shape for spec in objects) == 1:
-        phrases.append(target.shape)
-    full = len(phrases) == 1 or rng.random() < _FULL_NAME_SHARE
-    phrase = phrases[0] if full else phrases[int(rng.integers(1, len(phrases)))]
-    return TEMPLATES[int(rng.integers(len(TEMPLATES)))].format(phrase)
+    if naming not in NAMINGS:
+        raise ValueError(f'naming is {naming!r}; it must be one of {", ".join(NAMINGS)}')
+    if not can_name(target, objects, naming):
+        raise ValueError(f'the {naming} of {target.name!r} does not tell it from {", ".join(spec.name for spec in objects)}')
+    if naming == 'any':
+        enough = [word for word in ('colour', 'shape') if can_name(target, objects, word)]
+        naming = 'full' if not enough or rng.random() < _FULL_NAME_SHARE else enough[int(rng.integers(len(enough)))]
+    phrase = {'full': target.name, 'colour': f'{target.colour} object', 'shape': target.shape}[naming]
+    return templates[int(rng.integers(len(templates)))].format(phrase)
 
 
 def parse_instruction(instruction: str, objects: Sequence[ObjectSpec]) -> Target:

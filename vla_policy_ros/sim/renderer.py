@@ -41,18 +41,31 @@ class OffscreenRenderer:
 
     def render(self, data: mujoco.MjData, camera: int, width: int, height: int) -> NDArray[np.uint8]:
         """A new uint8 array ``[height, width, 3]``, RGB, of what fixed camera number ``camera`` sees."""
-        self._gl.make_current()
-        self._camera.fixedcamid = camera
-        everything = mujoco.mjtCatBit.mjCAT_ALL.value
-        mujoco.mjv_updateScene(self._model, data, self._option, None, self._camera, everything, self._scene)
-        viewport = mujoco.MjrRect(0, 0, width, height)
-        mujoco.mjr_render(viewport, self._scene, self._context)
+        viewport = self._draw(data, camera, width, height)
         if (height, width) not in self._buffers:
             self._buffers[height, width] = np.empty((height, width, 3), dtype=np.uint8)
         buffer = self._buffers[height, width]
         mujoco.mjr_readPixels(buffer, None, viewport, self._context)
         upright: NDArray[np.uint8] = buffer[::-1].copy()  # OpenGL counts rows from the bottom
         return upright
+
+    def depth(self, data: mujoco.MjData, camera: int, width: int, height: int) -> NDArray[np.float32]:
+        """A new float32 array ``[height, width]``: depth along the optical axis, m."""
+        viewport = self._draw(data, camera, width, height)
+        buffer = np.empty((height, width), dtype=np.float32)
+        mujoco.mjr_readPixels(None, buffer, viewport, self._context)
+        near, far = (float(bound) * self._model.stat.extent for bound in (self._model.vis.map.znear, self._model.vis.map.zfar))
+        metres: NDArray[np.float32] = near / (1.0 - buffer[::-1] * (1.0 - near / far))
+        return metres
+
+    def _draw(self, data: mujoco.MjData, camera: int, width: int, height: int) -> mujoco.MjrRect:
+        self._gl.make_current()
+        self._camera.fixedcamid = camera
+        everything = mujoco.mjtCatBit.mjCAT_ALL.value
+        mujoco.mjv_updateScene(self._model, data, self._option, None, self._camera, everything, self._scene)
+        viewport = mujoco.MjrRect(0, 0, width, height)
+        mujoco.mjr_render(viewport, self._scene, self._context)
+        return viewport
 
     def close(self) -> None:
         """Free the OpenGL context."""

@@ -1,10 +1,13 @@
-"""What differs from episode to episode: objects, camera, light and start pose, all drawn from one seed.
+"""What differs from episode to episode: objects, camera, light, surfaces and start pose, all drawn from one seed.
 
-Three objects lie on the table, no two alike in colour and shape. Either all colours differ (a colour word is enough), or two
-objects share a colour so that only the shape word tells them apart; every object that an instruction does not name is a
-distractor.
+Three objects lie on the table. No two are alike in colour and shape, unless a `Variation` asks for twins. Either all colours differ
+(a colour word is enough), or two objects share a colour so that only the shape word tells them apart; every object that an
+instruction does not name is a distractor.
 
-Enters: a seed. Leaves: an immutable `Scene`. Any thread. Frames and units as in `mjcf`.
+Some kinds of objects are held out: they never appear in ordinary scenes, only where a `Variation` asks for them, so that training
+on ordinary scenes leaves them for the question whether a policy puts known words together.
+
+Enters: a seed and a variation. Leaves: an immutable `Scene`. Any thread. Frames and units as in `mjcf`.
 """
 
 from __future__ import annotations
@@ -23,22 +26,66 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     'yellow': (0.96, 0.80, 0.06),
 }
 SHAPES = ('cube', 'ball', 'cylinder')
+KINDS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
+HELD_OUT_KINDS = (('green', 'ball'), ('yellow', 'cylinder'))
 
 HOME = np.array([0.0, -0.35, 0.0, -2.25, 0.0, 1.9, 0.785])
 HOME_SPREAD = 0.12
 WORKSPACE_X = (0.36, 0.66)
 WORKSPACE_Y = (-0.26, 0.26)
 MIN_SPACING = 0.09
-SHARED_COLOUR_PROBABILITY = 0.3
+SHARED_COLOUR_PROBABILITY = 0.35
 
-_BASE_SIZES = {'cube': (0.024, 0.024, 0.024), 'ball': (0.028, 0.0, 0.0), 'cylinder': (0.023, 0.034, 0.0)}
-_NOMINAL_CAMERA = np.array([1.12, -0.40, 0.72])
-_CAMERA_LOOKS_AT = np.array([0.43, 0.0, 0.17])
+FIELD_OF_VIEW = (38.0, 58.0)
+CAMERA_SHIFT = 0.04
+CAMERA_TILT = 0.8
+TINT = 0.06
+
+_BASE_SIZES = {'cube': (0.027, 0.027, 0.027), 'ball': (0.031, 0.0, 0.0), 'cylinder': (0.024, 0.042, 0.0)}
+_NOMINAL_CAMERA = np.array([1.00, -0.34, 0.62])
+_CAMERA_LOOKS_AT = np.array([0.46, 0.0, 0.09])
+_TABLE_TONE = np.array([0.64, 0.60, 0.55])
+
+
+@dataclass(frozen=True)
+class Variation:
+    """How a scene departs from the nominal one. Objects and start pose depend on the seed and the first three fields only.
+
+    Attributes:
+        kinds: ``trained``, or ``held_out``: the first object is of a kind that ordinary scenes never show.
+        shared_colour: whether two objects share a colour; None draws it.
+        twins: the second object is of the first one's kind, so that a sentence may fit both.
+        camera: ``nominal``, ``jitter`` (position uniform within CAMERA_SHIFT m per axis, axes tilted by CAMERA_TILT degrees, one
+            standard deviation) or ``shifted`` (position uniform within ``camera_shift`` m per axis, nothing else).
+        camera_shift: m.
+        surroundings: also draw light, table tone and tints of the objects.
+    """
+
+    kinds: str = 'trained'
+    shared_colour: bool | None = None
+    twins: bool = False
+    camera: str = 'nominal'
+    camera_shift: float = 0.025
+    surroundings: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kinds not in ('trained', 'held_out'):
+            raise ValueError(f'kinds is {self.kinds!r}; it must be trained or held_out')
+        if self.camera not in ('nominal', 'jitter', 'shifted'):
+            raise ValueError(f'camera is {self.camera!r}; it must be nominal, jitter or shifted')
+        if not 0.0 <= self.camera_shift <= 0.2:
+            raise ValueError(f'camera_shift is {self.camera_shift} m; it must lie in 0..0.2')
+
+
+NOMINAL = Variation()
+JITTER = Variation(camera='jitter', surroundings=True)
+"""What training examples are drawn with."""
 
 
 @dataclass(frozen=True)
 class ObjectSpec:
-    """One object: ``colour`` and ``shape`` words, resting place ``x, y`` m, ``yaw`` rad and ``scale`` of the nominal size."""
+    """One object: ``colour`` and ``shape`` words, resting place ``x, y`` m, ``yaw`` rad, ``scale`` of the nominal size, and the
+    ``tint`` that is added to the nominal RGB of its colour."""
 
     colour: str
     shape: str
@@ -46,10 +93,11 @@ class ObjectSpec:
     y: float
     yaw: float
     scale: float
+    tint: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     @property
     def name(self) -> str:
-        """``'red cube'``: unique within a scene."""
+        """``'red cube'``: unique within a scene without twins."""
         return f'{self.colour} {self.shape}'
 
     @property
@@ -62,6 +110,12 @@ class ObjectSpec:
     def half_height(self) -> float:
         """Height of the centre above the table when upright, m."""
         return self.size[1] if self.shape == 'cylinder' else self.size[0]
+
+    @property
+    def rgb(self) -> tuple[float, float, float]:
+        """Its colour as it is drawn."""
+        red, green, blue = (min(1.0, max(0.0, base + shift)) for base, shift in zip(COLOURS[self.colour], self.tint, strict=True))
+        return (red, green, blue)
 
 
 @dataclass(frozen=True)
@@ -76,6 +130,7 @@ class Scene:
         camera_position: float64 ``[3]``, m.
         camera_axes: float64 ``[3, 3]``, columns right, up, backward of the scene camera.
         light: brightness factor and horizontal direction ``(gain, dx, dy)``.
+        table: RGB of the table top.
     """
 
     seed: int
@@ -85,28 +140,54 @@ class Scene:
     camera_position: NDArray[np.float64]
     camera_axes: NDArray[np.float64]
     light: tuple[float, float, float]
+    table: tuple[float, float, float]
 
 
-def sample_scene(seed: int, *, jitter: bool = False) -> Scene:
-    """Draw a scene; the same seed gives the same scene.
-
-    ``jitter`` also moves the scene camera (standard deviation 1.2 cm per axis, cut at 2.5 cm, and 0.6 degrees) and the light, as
-    training examples want it; objects and start pose do not depend on it.
-    """
-    rng = np.random.default_rng(seed)
-    pairs = _kinds(rng)
+def sample_scene(seed: int, variation: Variation = NOMINAL) -> Scene:
+    """Draw a scene; the same seed and variation give the same scene."""
+    rng, surroundings = np.random.default_rng(seed), np.random.default_rng([seed, 2])
+    pairs = _kinds(rng, variation)
     objects = tuple(
-        ObjectSpec(colour, shape, float(x), float(y), float(rng.uniform(-np.pi / 4, np.pi / 4)), float(rng.uniform(0.92, 1.12)))
+        ObjectSpec(
+            colour,
+            shape,
+            float(x),
+            float(y),
+            float(rng.uniform(-np.pi / 4, np.pi / 4)),
+            float(rng.uniform(0.92, 1.12)),
+            _tint(surroundings) if variation.surroundings else (0.0, 0.0, 0.0),
+        )
         for (colour, shape), (x, y) in zip(pairs, _places(rng), strict=True)
     )
     start = HOME + rng.normal(0.0, HOME_SPREAD, size=7).clip(-2 * HOME_SPREAD, 2 * HOME_SPREAD)
-    fovy = float(rng.uniform(40.0, 52.0))
-    position, tilt, light = _NOMINAL_CAMERA, np.zeros(3), (1.0, 0.0, 0.0)
-    if jitter:
-        position = position + rng.normal(0.0, 0.012, size=3).clip(-0.025, 0.025)
-        tilt = rng.normal(0.0, np.deg2rad(0.6), size=3)
-        light = (float(rng.uniform(0.7, 1.2)), float(rng.uniform(-0.4, 0.4)), float(rng.uniform(-0.4, 0.4)))
-    return Scene(seed, objects, start, fovy, position, look_at(_NOMINAL_CAMERA, _CAMERA_LOOKS_AT) @ _rotation(tilt), light)
+    fovy = float(rng.uniform(*FIELD_OF_VIEW))
+    position, axes = _camera(np.random.default_rng([seed, 3]), variation)
+    light, table = (1.0, 0.0, 0.0), _TABLE_TONE
+    if variation.surroundings:
+        light = (
+            float(surroundings.uniform(0.7, 1.2)),
+            float(surroundings.uniform(-0.4, 0.4)),
+            float(surroundings.uniform(-0.4, 0.4)),
+        )
+        table = _TABLE_TONE * surroundings.uniform(0.6, 1.3) + surroundings.uniform(-0.06, 0.06, size=3)
+    red, green, blue = (float(part) for part in np.clip(table, 0.0, 1.0))
+    return Scene(seed, objects, start, fovy, position, axes, light, (red, green, blue))
+
+
+def _tint(rng: np.random.Generator) -> tuple[float, float, float]:
+    red, green, blue = (float(part) for part in rng.uniform(-TINT, TINT, size=3))
+    return (red, green, blue)
+
+
+def _camera(rng: np.random.Generator, variation: Variation) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Position ``[3]`` and axes ``[3, 3]`` of the scene camera."""
+    axes = look_at(_NOMINAL_CAMERA, _CAMERA_LOOKS_AT)
+    if variation.camera == 'nominal':
+        return _NOMINAL_CAMERA, axes
+    if variation.camera == 'shifted':
+        return _NOMINAL_CAMERA + rng.uniform(-1.0, 1.0, size=3) * variation.camera_shift, axes
+    tilt = rng.normal(0.0, np.deg2rad(CAMERA_TILT), size=3)
+    return _NOMINAL_CAMERA + rng.uniform(-CAMERA_SHIFT, CAMERA_SHIFT, size=3), axes @ _rotation(tilt)
 
 
 def look_at(position: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -117,15 +198,27 @@ def look_at(position: NDArray[np.float64], target: NDArray[np.float64]) -> NDArr
     return np.stack([right, np.cross(backward, right), backward], axis=1)
 
 
-def _kinds(rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Colour and shape of every slot, no two alike."""
-    colours = [str(c) for c in rng.permutation(list(COLOURS))[:OBJECT_SLOTS]]
-    shapes = [str(s) for s in rng.choice(SHAPES, size=OBJECT_SLOTS)]
-    if rng.random() < SHARED_COLOUR_PROBABILITY:
-        first, second = rng.permutation(OBJECT_SLOTS)[:2]
-        colours[second] = colours[first]
-        shapes[first], shapes[second] = (str(s) for s in rng.permutation(SHAPES)[:2])
-    return list(zip(colours, shapes, strict=True))
+def _kinds(rng: np.random.Generator, variation: Variation) -> list[tuple[str, str]]:
+    """Colour and shape of every slot: no two alike (but twins), held-out kinds only where they are asked for."""
+    while True:
+        colours = [str(c) for c in rng.permutation(list(COLOURS))[:OBJECT_SLOTS]]
+        shapes = [str(s) for s in rng.choice(SHAPES, size=OBJECT_SLOTS)]
+        shared = rng.random() < SHARED_COLOUR_PROBABILITY if variation.shared_colour is None else variation.shared_colour
+        first, second = (int(slot) for slot in rng.permutation(OBJECT_SLOTS)[:2])
+        if variation.kinds == 'held_out':
+            first, second = 0, 1 + int(rng.integers(OBJECT_SLOTS - 1))
+            colours[0], shapes[0] = HELD_OUT_KINDS[int(rng.integers(len(HELD_OUT_KINDS)))]
+        if shared:
+            colours[second] = colours[first]
+            shapes[second] = str(rng.choice([shape for shape in SHAPES if shape != shapes[first]]))
+        if variation.twins:
+            colours[1], shapes[1] = colours[0], shapes[0]
+        kinds = list(zip(colours, shapes, strict=True))
+        ordinary = kinds[1:] if variation.kinds == 'held_out' else kinds
+        alike = len(kinds) - len(set(kinds))
+        shares = len(set(colours)) < OBJECT_SLOTS
+        if not any(kind in HELD_OUT_KINDS for kind in ordinary) and alike == int(variation.twins) and (variation.twins or shares == shared):
+            return kinds
 
 
 def _places(rng: np.random.Generator) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from vla_policy_ros.sim.engine import mujoco
 from vla_policy_ros.sim.mjcf import CAMERA_NAMES, JOINT_NAMES, OBJECT_SLOTS, TIMESTEP, tabletop_xml
 from vla_policy_ros.sim.renderer import OffscreenRenderer
-from vla_policy_ros.sim.scene import COLOURS, ObjectSpec, Scene, sample_scene
+from vla_policy_ros.sim.scene import NOMINAL, ObjectSpec, Scene, Variation, sample_scene
 from vla_policy_ros.types import NS_PER_S, CameraView
 
 IMAGE_WIDTH, IMAGE_HEIGHT = 640, 480
@@ -56,15 +56,16 @@ class TabletopWorld:
         self._arm_qpos = np.array([int(self.model.joint(name).qposadr[0]) for name in JOINT_NAMES])
         self._arm_qvel = np.array([int(self.model.joint(name).dofadr[0]) for name in JOINT_NAMES])
         self._lamp = self.model.light('lamp').id
+        self._table_material = self.model.material('table').id
         self._nominal_light = (self.model.light_diffuse.copy(), self.model.light_dir.copy())
         self._steps = 0
         self.scene: Scene = self.reset(0)
 
     # -- episodes -------------------------------------------------------------------------------------------------------------
 
-    def reset(self, seed: int, *, jitter: bool = False) -> Scene:
+    def reset(self, seed: int, variation: Variation = NOMINAL) -> Scene:
         """Start the scene drawn from ``seed`` (see `sample_scene`) at time 0, arm at rest, and return it."""
-        return self.reset_to(sample_scene(seed, jitter=jitter))
+        return self.reset_to(sample_scene(seed, variation))
 
     def reset_to(self, scene: Scene) -> Scene:
         """Start a given scene at time 0 with the arm at rest at its start pose."""
@@ -86,6 +87,7 @@ class TabletopWorld:
         gain, dx, dy = scene.light
         self.model.light_diffuse[:] = diffuse * gain
         self.model.light_dir[self._lamp] = direction[self._lamp] + [dx, dy, 0.0]
+        self.model.mat_rgba[self._table_material] = [*scene.table, 1.0]
         self.scene = scene
         mujoco.mj_forward(self.model, self.data)
 
@@ -105,7 +107,7 @@ class TabletopWorld:
         model.geom_size[geom] = size
         model.geom_rbound[geom] = size[0] if spec.shape == 'ball' else np.linalg.norm(half)
         model.geom_aabb[geom] = [0.0, 0.0, 0.0, *half]
-        model.geom_rgba[geom] = [*COLOURS[spec.colour], 1.0]
+        model.geom_rgba[geom] = [*spec.rgb, 1.0]
         # The inertia of a box that encloses the shape: near enough for things that are only ever pushed.
         mass = model.body_mass[body]
         model.body_inertia[body] = mass / 3.0 * (np.sum(half**2) - half**2)
@@ -162,30 +164,31 @@ class TabletopWorld:
         """Tool centre point ``[3]`` between the finger tips, m."""
         return np.array(self.data.site_xpos[self._tcp])
 
-    def object_position(self, name: str) -> NDArray[np.float64]:
-        """Current centre ``[3]`` of the object called ``name``, m. Raises KeyError for a name the scene does not have."""
-        return np.array(self.data.geom_xpos[self._object_geoms[self._slot(name)]])
+    def object_position(self, which: str | int) -> NDArray[np.float64]:
+        """Current centre ``[3]`` of an object, by name or by slot, m. Raises KeyError for one the scene does not have."""
+        return np.array(self.data.geom_xpos[self._object_geoms[self._slot(which)]])
 
-    def goal_point(self, name: str) -> NDArray[np.float64]:
-        """Where the tool should go for object ``name``: `GOAL_CLEARANCE` above its top, ``[3]`` m. Raises KeyError."""
-        slot = self._slot(name)
-        goal = self.object_position(name)
+    def goal_point(self, which: str | int) -> NDArray[np.float64]:
+        """Where the tool should go for an object: `GOAL_CLEARANCE` above its top, ``[3]`` m. Raises KeyError."""
+        slot = self._slot(which)
+        goal = self.object_position(slot)
         goal[2] += self.scene.objects[slot].half_height + GOAL_CLEARANCE
         return goal
 
-    def distance(self, name: str) -> float:
-        """Distance from the tool to the goal point of ``name``, m. Raises KeyError."""
-        return float(np.linalg.norm(self.tcp() - self.goal_point(name)))
+    def distance(self, which: str | int) -> float:
+        """Distance from the tool to the goal point of an object, m. Raises KeyError."""
+        return float(np.linalg.norm(self.tcp() - self.goal_point(which)))
 
-    def success(self, name: str, threshold: float = SUCCESS_DISTANCE) -> bool:
-        """Whether the tool is within ``threshold`` m of the goal point of ``name``. Raises KeyError."""
-        return self.distance(name) < threshold
+    def success(self, which: str | int, threshold: float = SUCCESS_DISTANCE) -> bool:
+        """Whether the tool is within ``threshold`` m of the goal point of an object. Raises KeyError."""
+        return self.distance(which) < threshold
 
-    def _slot(self, name: str) -> int:
+    def _slot(self, which: str | int) -> int:
+        """Twins share a name, which then means the first of them; a slot is never ambiguous."""
         for slot, spec in enumerate(self.scene.objects):
-            if spec.name == name:
+            if which in (slot, spec.name):
                 return slot
-        raise KeyError(f'no object {name!r} in the scene; it has {", ".join(spec.name for spec in self.scene.objects)}')
+        raise KeyError(f'no object {which!r} in the scene; it has {", ".join(spec.name for spec in self.scene.objects)}')
 
     # -- the cameras ----------------------------------------------------------------------------------------------------------
 
@@ -212,10 +215,10 @@ class TabletopWorld:
         inside = -0.5 <= u < self.width - 0.5 and -0.5 <= v < self.height - 0.5
         return (float(u), float(v)) if inside else None
 
-    def visible_pixel(self, camera: str, name: str) -> tuple[float, float] | None:
-        """Pixel of the centre of object ``name`` where the camera sees that very object there, else None. Raises KeyError."""
-        slot = self._slot(name)
-        centre = self.object_position(name)
+    def visible_pixel(self, camera: str, which: str | int) -> tuple[float, float] | None:
+        """Pixel of the centre of an object where the camera sees that very object there, else None. Raises KeyError."""
+        slot = self._slot(which)
+        centre = self.object_position(slot)
         pixel = self.project(camera, centre)
         if pixel is None:
             return None
@@ -241,6 +244,12 @@ class TabletopWorld:
         return CameraView(
             self._renderer.render(self.data, index, width, height), self.intrinsics(camera, width, height), self.time_ns
         )
+
+    def render_depth(self, camera: str, width: int, height: int) -> NDArray[np.float32]:
+        """Depth ``[height, width]`` in m along the optical axis, at the pixel centres of a small image. Raises as `render`."""
+        if self._renderer is None:
+            self._renderer = OffscreenRenderer(self.model, self.width, self.height)
+        return self._renderer.depth(self.data, self._camera(camera), width, height)
 
     def close(self) -> None:
         """Free the OpenGL context; the next `render` makes a new one."""

@@ -20,6 +20,7 @@ from vla_policy_ros.policy.policy import Policy
 from vla_policy_ros.resources import robot_path
 from vla_policy_ros.robot import Robot, load_robot
 from vla_policy_ros.sim.instructions import instruction_for
+from vla_policy_ros.sim.scene import JITTER, NOMINAL
 from vla_policy_ros.sim.world import TabletopWorld
 from vla_policy_ros.types import NS_PER_S, Observation
 
@@ -43,7 +44,7 @@ def run_episode(
     policy: Policy, robot: Robot, world: TabletopWorld, seed: int, *, seconds: float, executed: int, jitter: bool
 ) -> Episode:
     """One closed-loop episode; ``executed`` actions of each chunk are carried out before the next look."""
-    world.reset(seed, jitter=jitter)
+    world.reset(seed, JITTER if jitter else NOMINAL)
     rng = np.random.default_rng([seed, 7])
     target = world.objects[int(rng.integers(len(world.objects)))]
     instruction = instruction_for(target, world.objects, rng)

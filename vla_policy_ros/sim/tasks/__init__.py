@@ -1,0 +1,12 @@
+"""The tasks of the tabletop: what is asked, how the expert does it, how success is judged.
+
+Enters: a task's name, a seed, conditions. Leaves: episodes, expert steps and outcomes. Any one thread per `ArmKinematics`.
+"""
+
+from vla_policy_ros.sim.tasks.base import TRAINING, Conditions, Episode, Outcome, Task, TaskState
+from vla_policy_ros.sim.tasks.reach import Reach, ReachAny
+
+TASKS: dict[str, Task] = {task.name: task for task in (Reach(), ReachAny())}
+"""All tasks by name."""
+
+__all__ = ['TASKS', 'TRAINING', 'Conditions', 'Episode', 'Outcome', 'Task', 'TaskState']
