@@ -10,15 +10,14 @@ Units are REP-103 (rad, m, s) unless a joint is not an angle, in which case its 
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from vla_policy_ros.strict_yaml import SchemaError, Section, parse_mapping, unknown_name, validate_mapping
 from vla_policy_ros.types import NS_PER_S
 
 PositiveSeconds = Annotated[float, Field(gt=0.0, le=60.0)]
@@ -31,11 +30,7 @@ class RobotFileError(ValueError):
     """The robot file cannot be used; the message lists every problem with its place in the file and the remedy."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra='forbid', frozen=True, allow_inf_nan=False)
-
-
-class Camera(_Section):
+class Camera(Section):
     """One camera that the policy looks through. Give either `camera_info` or a fixed `K` with `width` and `height`; neither
     means an uncalibrated camera, for which the geometry trunk runs without rays."""
 
@@ -69,7 +64,7 @@ class Camera(_Section):
         return None if self.K is None else np.asarray(self.K, dtype=np.float64).reshape(3, 3)
 
 
-class State(_Section):
+class State(Section):
     """The proprioceptive input."""
 
     topic: Topic = Field('/joint_states', description='sensor_msgs/JointState topic.')
@@ -86,14 +81,14 @@ class State(_Section):
         return tuple(f'{joint}.{field}' for field in self.fields for joint in self.joints)
 
 
-class Instruction(_Section):
+class Instruction(Section):
     """Where the operator's sentence comes from."""
 
     topic: Topic = Field('/instruction', description='std_msgs/String topic (reliable, transient local).')
     max_length: int = Field(256, gt=0, le=4096, description='Longer instructions are refused, characters.')
 
 
-class Action(_Section):
+class Action(Section):
     """What the policy answers: a chunk of `horizon` targets, `period` seconds apart."""
 
     type: Literal['joint_position'] = Field('joint_position', description='Kind of action.')
@@ -118,7 +113,7 @@ class Action(_Section):
         return np.array([joint not in self.absolute_joints for joint in self.joints])
 
 
-class JointLimit(_Section):
+class JointLimit(Section):
     """Planning limits of one joint; choose them below the hardware's."""
 
     position: tuple[float, float] = Field(description='Lower and upper position, rad (m for a prismatic joint).')
@@ -139,7 +134,7 @@ class JointLimit(_Section):
         return value
 
 
-class Controller(_Section):
+class Controller(Section):
     """A controller that executes some of the action joints."""
 
     topic: Topic = Field(description='Command topic of the controller.')
@@ -186,7 +181,7 @@ class Controller(_Section):
         return self
 
 
-class Timing(_Section):
+class Timing(Section):
     """How old and how far apart inputs may be, judged on header stamps."""
 
     max_image_age: PositiveSeconds = Field(0.5, description='Oldest usable image, s.')
@@ -201,14 +196,14 @@ class Timing(_Section):
 Point = tuple[float, float, float]
 
 
-class Box(_Section):
+class Box(Section):
     """A box along the axes of the base link (REP-103: x forward, y left, z up)."""
 
     lower: Point = Field(description='Smallest x, y and z, m.')
     upper: Point = Field(description='Largest x, y and z, m.')
 
 
-class WorkspaceLimit(_Section):
+class WorkspaceLimit(Section):
     """A box that the tip of the arm stays in, computed from a URDF on the interpolated curve. A motion that would leave it ends at
     rest inside; a tip that is outside at the start may only come in."""
 
@@ -235,7 +230,7 @@ class WorkspaceLimit(_Section):
         return self
 
 
-class Robot(_Section):
+class Robot(Section):
     """The whole robot file."""
 
     name: Name = Field(description='Name of the robot, stored in checkpoints made for it.')
@@ -268,10 +263,10 @@ class Robot(_Section):
         ]
         for joint in self.action.absolute_joints:
             if joint not in self.action.joints:
-                problems.append(f'action.absolute_joints: {_unknown(joint, self.action.joints)}')
+                problems.append(f'action.absolute_joints: {unknown_name(joint, self.action.joints)}')
         if self.workspace is not None:
             unknown = [joint for joint in self.workspace.unrelated if joint not in self.action.joints]
-            problems += [f'workspace.unrelated: {_unknown(joint, self.action.joints)}' for joint in unknown]
+            problems += [f'workspace.unrelated: {unknown_name(joint, self.action.joints)}' for joint in unknown]
         if self.action.representation == 'delta':
             missing = [j for j in self.action.joints if j not in self.state.joints and j not in self.action.absolute_joints]
             if missing or 'position' not in self.state.fields:
@@ -282,7 +277,7 @@ class Robot(_Section):
 
     def _limit_problems(self) -> list[str]:
         problems = [f'limits: no limits for action joint {j!r}' for j in self.action.joints if j not in self.limits]
-        problems += [f'limits: {_unknown(j, self.action.joints)}' for j in self.limits if j not in self.action.joints]
+        problems += [f'limits: {unknown_name(j, self.action.joints)}' for j in self.limits if j not in self.action.joints]
         return problems
 
     def _controller_problems(self) -> list[str]:
@@ -293,7 +288,7 @@ class Robot(_Section):
             problems += _repeated(f'controllers.{name}.joints', controller.joints)
             for joint in controller.joints:
                 if joint not in self.action.joints:
-                    problems.append(f'controllers.{name}.joints: {_unknown(joint, self.action.joints)}')
+                    problems.append(f'controllers.{name}.joints: {unknown_name(joint, self.action.joints)}')
                 elif owner.setdefault(joint, name) != name:
                     problems.append(f'controllers: joint {joint!r} belongs to both {owner[joint]!r} and {name!r}')
             if topics.setdefault(controller.topic, name) != name:
@@ -311,7 +306,7 @@ class Robot(_Section):
         for name, pose in self.poses.items():
             for joint, position in pose.items():
                 if joint not in self.action.joints:
-                    problems.append(f'{name}: {_unknown(joint, self.action.joints)}')
+                    problems.append(f'{name}: {unknown_name(joint, self.action.joints)}')
                 elif joint in self.limits and not self.limits[joint].position[0] <= position <= self.limits[joint].position[1]:
                     low, high = self.limits[joint].position
                     problems.append(f'{name}: {position:g} of joint {joint!r} is outside its limits [{low:g}, {high:g}]')
@@ -354,16 +349,9 @@ def parse_robot(text: str, source: str = 'robot file', folder: Path | None = Non
     ``source`` names it in messages; paths in it are relative to ``folder``, or stay as they are where that is None.
     """
     try:
-        data = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise RobotFileError(f'{source}: not valid YAML: {error}') from error
-    if not isinstance(data, dict):
-        raise RobotFileError(f'{source}: must be a mapping with the keys {", ".join(Robot.model_fields)}')
-    try:
-        robot = Robot.model_validate(data)
-    except ValidationError as error:
-        lines = [f'  {problem}' for problem in _explain(error)]
-        raise RobotFileError('\n'.join([f'{source}: {len(lines)} problem(s)', *lines])) from error
+        robot = validate_mapping(parse_mapping(text, Robot, source), Robot, source)
+    except SchemaError as error:
+        raise RobotFileError(str(error)) from error
     return robot if folder is None else _with_paths_from(folder, robot)
 
 
@@ -374,58 +362,5 @@ def _with_paths_from(folder: Path, robot: Robot) -> Robot:
     return robot.model_copy(update={'workspace': robot.workspace.model_copy(update={'urdf': urdf})})
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, which YAML would otherwise drop silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f'key {key!r} is given twice', key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def _repeated(place: str, values: tuple[str, ...]) -> list[str]:
     return [f'{place}: {value!r} is listed twice' for value in sorted({v for v in values if values.count(v) > 1})]
-
-
-def _unknown(name: str, known: tuple[str, ...] | list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f'; did you mean {near[0]!r}?' if near else f'; known: {", ".join(known)}'
-    return f'{name!r} is not known{hint}'
-
-
-def _explain(error: ValidationError) -> list[str]:
-    """One sentence per problem: place in the file, what is wrong, what to write instead."""
-    sentences = []
-    for item in error.errors():
-        place = '.'.join(str(part) for part in item['loc'])
-        if item['type'] == 'extra_forbidden':
-            text = _unknown(str(item['loc'][-1]), _keys_at(item['loc'][:-1])).replace('is not known', 'is not a key here')
-        elif item['type'] == 'missing':
-            text = 'is required'
-        else:
-            text = item['msg'].removeprefix('Value error, ')
-            if item['type'] != 'value_error':
-                text += f' (got {item["input"]!r})'
-        sentences.append(f'{place}: {text}' if place else text)
-    return sentences
-
-
-def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    """The keys that the schema allows at a place such as ``('cameras', 'scene')``."""
-    mapped: dict[str, type[BaseModel]] = {'cameras': Camera, 'controllers': Controller, 'limits': JointLimit}
-    singles: dict[str, type[BaseModel]] = {
-        'state': State,
-        'instruction': Instruction,
-        'action': Action,
-        'timing': Timing,
-        'workspace': WorkspaceLimit,
-    }
-    place = str(location[0]) if location else ''
-    if location[:2] == ('workspace', 'box'):
-        return list(Box.model_fields)
-    section = mapped.get(place) if len(location) > 1 else singles.get(place)
-    return list((section or Robot).model_fields)
