@@ -36,6 +36,10 @@ from vla_policy_ros.model.configuration import ActionExpertConfig
 from vla_policy_ros.model.initial import start_as
 
 
+CALL_BACK = 'run_in_stream'
+"""Name of the method ``(function, *arguments) -> function(layer, *arguments)`` that sharding gives to a layer."""
+
+
 class LayerCache(NamedTuple):
     """Keys (rotated) and values of one layer, ``[B, kv_heads, Lp + room, dh]`` each."""
 
@@ -366,11 +370,19 @@ class LLaVA3DWithActionExpertModel(nn.Module):
         scale, shift = _rows(modulation.final, hidden).chunk(2, dim=-1)
         return normed * (1 + scale) + shift
 
+    def stream_layers(self) -> list[nn.Module]:
+        """The layers of both streams, each once: what a sharded model gathers one after the other."""
+        return [*self.base.layers, *([] if self.expert_model is None else self.expert_model.layers)]
+
     def _run_layer(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """One layer, recomputed in the backward pass where gradient checkpointing is on.
+        """One layer (the first argument), recomputed in the backward pass where gradient checkpointing is on.
 
         Tensors that need gradients are arguments and results of their own: re-entrant checkpointing sees nothing inside a tuple.
+        A sharded layer gathers its weights around a method of its own, which calls back.
         """
+        gathered = getattr(arguments[0], CALL_BACK, None)
+        if gathered is not None:
+            function, arguments = gathered, (function, *arguments[1:])
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(function, *arguments)
         return function(*arguments)

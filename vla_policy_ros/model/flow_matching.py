@@ -100,6 +100,30 @@ class Conditioning:
     state_token: Tensor | None
 
 
+@dataclass(frozen=True)
+class FlowLoss:
+    """What the loss was made of; n is B * repeats.
+
+    Attributes:
+        velocity, target: predicted and true velocity ``[n, T, A]``, float32.
+        time: ``[n]``.
+        kept: bool ``[n, T, 1]``, actions that count; None where all do.
+        error: squared errors ``[n, T, A]``, weighted by time where the configuration says so, 0 where left out.
+    """
+
+    velocity: Tensor
+    target: Tensor
+    time: Tensor
+    kept: Tensor | None
+    error: Tensor
+
+    def mean(self) -> Tensor:
+        """float32 scalar: the mean error over all elements that count."""
+        if self.kept is None:
+            return self.error.mean()
+        return self.error.sum() / (self.kept.sum() * self.error.shape[-1]).clamp_min(1)
+
+
 class FlowMatchingActionExpert(nn.Module):
     """Turns noise into an action chunk, conditioned on a prefix through `LLaVA3DWithActionExpertModel`.
 
@@ -147,7 +171,44 @@ class FlowMatchingActionExpert(nn.Module):
         repeats: int = 1,
         reduction: str = 'mean',
     ) -> Tensor:
-        """Flow-matching loss of ``actions`` ``[B, T, A]``.
+        """Flow-matching loss of ``actions`` ``[B, T, A]``: arguments of `flow_loss`, and
+
+        Args:
+            reduction: ``mean`` for a float32 scalar, ``none`` for squared errors ``[B * repeats, T, A]`` (0 where left out).
+        """
+        made = self.flow_loss(
+            prefix_embs,
+            actions,
+            state,
+            attention_mask,
+            position_ids,
+            prefix_past_key_values,
+            noise=noise,
+            time=time,
+            generator=generator,
+            action_is_pad=action_is_pad,
+            delay=delay,
+            repeats=repeats,
+        )
+        return made.mean() if reduction == 'mean' else made.error
+
+    def flow_loss(
+        self,
+        prefix_embs: Tensor | None,
+        actions: Tensor,
+        state: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        prefix_past_key_values: PrefixCache | None = None,
+        *,
+        noise: Tensor | None = None,
+        time: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        action_is_pad: Tensor | None = None,
+        delay: Tensor | None = None,
+        repeats: int = 1,
+    ) -> FlowLoss:
+        """The loss of ``actions`` ``[B, T, A]`` with the velocities behind it.
 
         Args:
             prefix_embs: ``[B, Lp, D]``, run through the language model here; may be None where the cache is given.
@@ -163,7 +224,6 @@ class FlowMatchingActionExpert(nn.Module):
             delay: long ``[B * repeats]``: that many leading actions are given clean and left out of the loss; drawn uniformly
                 from 0 .. ``rtc_max_delay`` where None.
             repeats: independent (noise, time, delay) draws per prefix.
-            reduction: ``mean`` for a float32 scalar, ``none`` for squared errors ``[B * repeats, T, A]`` (0 where left out).
 
         Raises:
             ValueError: a shape or a value is not what the configuration says.
@@ -178,8 +238,8 @@ class FlowMatchingActionExpert(nn.Module):
             time = self.sample_time(rows, actions.device, generator)
         elif not bool(((time >= 0.0) & (time <= 1.0)).all()):
             raise ValueError(f'time is {time.tolist()}; it must lie in [0, 1]')
-        if delay is None and self.config.rtc_max_delay:
-            delay = torch.randint(self.config.rtc_max_delay + 1, (rows,), device=actions.device, generator=generator)
+        if delay is None:
+            delay = self.sample_delay(rows, actions.device, generator)
         if noise.shape != actions.shape or time.shape != (rows,) or (delay is not None and delay.shape != (rows,)):
             given = [None if value is None else tuple(value.shape) for value in (noise, time, delay)]
             raise ValueError(
@@ -198,10 +258,7 @@ class FlowMatchingActionExpert(nn.Module):
         if self.config.use_time_weight:
             error = error * ((1.0 - time) / (1.0 - self.mean_time))[:, None, None]
         kept = self._kept(action_is_pad, clean, repeats)
-        if kept is None:
-            return error.mean() if reduction == 'mean' else error
-        error = error * kept
-        return error.sum() / (kept.sum() * error.shape[-1]).clamp_min(1) if reduction == 'mean' else error
+        return FlowLoss(velocity, target, time, kept, error if kept is None else error * kept)
 
     @torch.no_grad()
     def sample_actions(
@@ -294,6 +351,12 @@ class FlowMatchingActionExpert(nn.Module):
             second = torch._standard_gamma(torch.full_like(uniform, config.time_beta), generator=generator)
             draw = first / (first + second)
         return config.time_scale * draw + config.time_offset
+
+    def sample_delay(self, count: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor | None:
+        """``[count]`` lengths of a clean action prefix, uniform on 0 .. ``rtc_max_delay``; None where that is 0."""
+        if not self.config.rtc_max_delay:
+            return None
+        return torch.randint(self.config.rtc_max_delay + 1, (count,), device=device, generator=generator)
 
     def prepare(
         self,

@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 from vla_policy_ros.model.attention import additive_mask, block_attention_mask, position_ids_from_pad, prefix_block_starts
 from vla_policy_ros.model.configuration import MapAnythingLlava3DConfig
 from vla_policy_ros.model.deep_fusion import LLaVA3DWithActionExpertModel, PrefixCache
-from vla_policy_ros.model.flow_matching import FlowMatchingActionExpert
+from vla_policy_ros.model.flow_matching import FlowLoss, FlowMatchingActionExpert
 from vla_policy_ros.model.fusion import GeometryFusion
 from vla_policy_ros.model.geometry import AlternatingAttention, GeometryTrunk, LayerScale, VisionTransformer
 from vla_policy_ros.model.initial import starts_as
@@ -50,6 +50,7 @@ class MapAnythingLlava3DOutput(ModelOutput):
         hidden_states: prefix states where asked for; in the action path the inputs of layers 0 .. L - 1, ``[B, Lp, D]`` each.
         attentions: language attentions; None in the action path.
         image_hidden_states: fused image tokens ``[B, S, D]``, view-major, or None without images.
+        flow: the velocities behind ``loss`` in the action path.
     """
 
     loss: Tensor | None = None
@@ -58,6 +59,7 @@ class MapAnythingLlava3DOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
+    flow: FlowLoss | None = None
 
     def _replace_old_cache_name(self, key: str) -> str:
         """The field keeps the name of the published contract, which newer transformers would translate."""
@@ -373,7 +375,7 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
         """Flow-matching loss where ``actions`` ``[B, T, A]`` are given, else the language model's causal forward.
 
         In the action path the language logits are not computed, ``labels`` and ``position_ids`` are ignored, and the arguments from
-        ``action_is_pad`` on are those of `FlowMatchingActionExpert.compute_loss`. In the language path positions count valid
+        ``action_is_pad`` on are those of `FlowMatchingActionExpert.flow_loss`. In the language path positions count valid
         tokens; after ``past_key_values``, ``attention_mask`` covers what they hold as well as ``input_ids``.
 
         Raises:
@@ -409,7 +411,7 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
             prefix.embeds, expert.layout.length, prefix.pad, image_token_mask=prefix.image_token_mask
         )
         done = expert.backbone.prefix_pass(prefix.embeds, mask, positions, cache_only=True)
-        loss = expert.compute_loss(
+        flow = expert.flow_loss(
             None,
             actions,
             state,
@@ -424,7 +426,9 @@ class MapAnythingLlava3DForConditionalGeneration(PreTrainedModel):
             repeats=repeats,
         )
         hidden = done.hidden_states if output_hidden_states else None
-        output = MapAnythingLlava3DOutput(loss=loss, hidden_states=hidden, image_hidden_states=prefix.image_features)
+        output = MapAnythingLlava3DOutput(
+            loss=flow.mean(), hidden_states=hidden, image_hidden_states=prefix.image_features, flow=flow
+        )
         return output if return_dict is not False else output.to_tuple()
 
     def _speak(
