@@ -35,7 +35,6 @@ from vla_policy_ros.model.attention import (
 from vla_policy_ros.model.configuration import ActionExpertConfig
 from vla_policy_ros.model.initial import start_as
 
-
 CALL_BACK = 'run_in_stream'
 """Name of the method ``(function, *arguments) -> function(layer, *arguments)`` that sharding gives to a layer."""
 
