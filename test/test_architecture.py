@@ -22,7 +22,8 @@ ROS = {
 }  # fmt: skip
 NETWORK = {'torch', 'transformers', 'safetensors', 'tokenizers'}
 BELOW_RUNTIME = {'observation', 'policy', 'control', 'robot', 'types'}
-BELOW_TRAINING = {'model', 'policy', 'observation', 'robot', 'types', 'resources'}
+EPISODE_LIBRARIES = {'numpy', 'cv2', 'av', 'pyarrow', 'rosbags', 'pydantic', 'rich'}
+BELOW_TRAINING = {'episodes', 'model', 'policy', 'observation', 'robot', 'types', 'resources'}
 
 # Room or file -> what it may import beside the standard library: rooms of ours, and other packages. The longest match counts.
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
@@ -39,6 +40,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     'runtime': (BELOW_RUNTIME, {'numpy'}),
     'ros': ({'runtime', *BELOW_RUNTIME, 'resources'}, {'numpy', 'cv2', 'av', 'rosbags', *ROS}),
     'replay': ({'runtime', *BELOW_RUNTIME, 'resources'}, {'numpy', 'rosbags', 'matplotlib'}),
+    'episodes': ({'replay', 'runtime', 'observation', 'control', 'robot', 'strict_yaml', 'types'}, EPISODE_LIBRARIES),
     'training': (BELOW_TRAINING, {'numpy', *NETWORK}),
     'training/tabletop': ({'sim', *BELOW_TRAINING}, {'numpy', *NETWORK}),  # the simulator's examples; the trainer takes any
     'training/evaluate': ({'sim', *BELOW_TRAINING}, {'numpy', *NETWORK}),
@@ -46,7 +48,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     'sim/ros_node': ({'sim', 'control', 'robot', 'types', 'resources'}, {'numpy', *ROS}),
     'demo': ({'ros', 'sim', *BELOW_RUNTIME, 'resources'}, {'numpy', 'cv2', 'av', 'rich', 'rosbags', 'yaml'}),
     'robot_report': ({'robot'}, {'rich'}),
-    'cli': ({'demo', 'robot_report', 'ros', 'replay', 'training', 'sim', *BELOW_RUNTIME, 'resources'}, {'numpy', 'typer', 'rich'}),
+    'cli': ({'demo', 'episodes', 'robot_report', 'ros', 'replay', 'training', 'sim', *BELOW_RUNTIME, 'resources'}, {'numpy', 'typer', 'rich'}),
 }  # fmt: skip
 
 # Rooms that meet the outside, where the time of day means something. Durations (monotonic, perf_counter) any room may measure.
@@ -171,6 +173,8 @@ def test_no_room_reads_the_wall_clock(root: Path) -> None:
         ('runtime', ['torch', 'rclpy', 'mujoco', 'transformers']),
         ('policy', ['torch', 'rclpy', 'mujoco', 'transformers']),
         ('replay.bag_trajectories', ['torch', 'rclpy', 'mujoco', 'cv2']),
+        ('episodes.bag_episode', ['torch', 'rclpy', 'mujoco', 'av', 'pyarrow']),
+        ('episodes.lerobot', ['torch', 'rclpy', 'mujoco']),
         ('replay.trajectory_lint', ['torch', 'rclpy', 'mujoco', 'cv2', 'rosbags']),
         ('sim', ['torch', 'rclpy', 'transformers']),
         ('cli', ['torch', 'rclpy', 'mujoco', 'transformers', 'cv2', 'av']),
