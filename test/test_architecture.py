@@ -43,12 +43,15 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     'episodes': ({'replay', 'runtime', 'observation', 'control', 'robot', 'strict_yaml', 'types'}, EPISODE_LIBRARIES),
     'training': (BELOW_TRAINING, {'numpy', *NETWORK}),
     'training/tabletop': ({'sim', *BELOW_TRAINING}, {'numpy', *NETWORK}),  # the simulator's examples; the trainer takes any
-    'training/evaluate': ({'sim', *BELOW_TRAINING}, {'numpy', *NETWORK}),
     'sim': ({'control', 'robot', 'types', 'resources'}, {'numpy', 'mujoco', 'cv2'}),
     'sim/ros_node': ({'sim', 'control', 'robot', 'types', 'resources'}, {'numpy', *ROS}),
     'demo': ({'ros', 'sim', *BELOW_RUNTIME, 'resources'}, {'numpy', 'cv2', 'av', 'rich', 'rosbags', 'yaml'}),
+    'evaluation': ({'demo', 'ros', 'runtime', 'sim', *BELOW_RUNTIME, 'resources'}, {'numpy', 'rich'}),
     'robot_report': ({'robot'}, {'rich'}),
-    'cli': ({'demo', 'episodes', 'robot_report', 'ros', 'replay', 'training', 'sim', *BELOW_RUNTIME, 'resources'}, {'numpy', 'typer', 'rich'}),
+    'cli': (
+        {'demo', 'episodes', 'evaluation', 'robot_report', 'ros', 'replay', 'training', 'sim', *BELOW_RUNTIME, 'resources'},
+        {'numpy', 'typer', 'rich'},
+    ),
 }  # fmt: skip
 
 # Rooms that meet the outside, where the time of day means something. Durations (monotonic, perf_counter) any room may measure.

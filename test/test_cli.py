@@ -101,7 +101,7 @@ def test_lint_refuses_a_bag_that_does_not_exist(tmp_path: Path) -> None:
     assert 'Traceback' not in result.stderr
 
 
-@pytest.mark.parametrize('command', ['train', 'evaluate'])
+@pytest.mark.parametrize('command', ['train'])
 def test_training_commands_have_their_own_options(command: str) -> None:
     result = vla_policy(command, '--help')
     assert result.returncode == 0

@@ -250,10 +250,68 @@ def train(context: typer.Context) -> None:
     _run_module('vla_policy_ros.training', context.args)
 
 
-@app.command(context_settings=_PASS_THROUGH, add_help_option=False)
-def evaluate(context: typer.Context) -> None:
-    """Measure how often a checkpoint reaches the named object in simulation (evaluate --help lists its options)."""
-    _run_module('vla_policy_ros.training.evaluate', context.args)
+@app.command()
+def evaluate(
+    checkpoint: Annotated[str, typer.Option(help='Checkpoint: a folder, or the name of a shipped one.')] = 'tabletop',
+    robot: RobotOption = 'tabletop',
+    tasks: Annotated[str, typer.Option(help='Names of tasks, joined by commas; an unknown one prints the known ones.')] = 'reach',
+    variation: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='nominal (the default), or parts joined by +: camera=METRES, held_out_phrasings, held_out_kinds, full_name, '
+            'colour_only, shape_only, same_colour, distinct_colours, trained, plain. Give it as often as needed.'
+        ),
+    ] = None,
+    episodes: Annotated[int, typer.Option(help='Per task and variation.')] = 100,
+    seed: Annotated[int, typer.Option(help='Which scenes: each seed has its own, none of which training uses.')] = 0,
+    choice: Annotated[bool, typer.Option('--choice', help='Scenes for comparing recipes, apart from those of reports.')] = False,
+    executed: Annotated[int, typer.Option(help='Actions of each chunk that are carried out before the next look.')] = 8,
+    seconds: Annotated[float | None, typer.Option(help="Simulated length of an episode; else the task's own.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Integration steps; else the checkpoint's own.")] = None,
+    solver: Annotated[str | None, typer.Option(help="euler, ab2 or midpoint; else the checkpoint's own.")] = None,
+    policy_seed: Annotated[int, typer.Option(min=0, help="Of the policy's noise.")] = 0,
+    wrong_k: Annotated[float, typer.Option(help='Scale the focal length in every K that the policy is given.')] = 1.0,
+    no_k: Annotated[bool, typer.Option('--no-k', help='Give the policy no K.')] = False,
+    wrong_instruction: Annotated[
+        bool, typer.Option('--wrong-instruction', help='Name another object of the scene than the one that is judged.')
+    ] = False,
+    ros: Annotated[bool, typer.Option('--ros', help='Through real topics, node and controllers, by the wall clock.')] = False,
+    jobs: Annotated[int, typer.Option(help='Processes that share the episodes.')] = 1,
+    json_file: Annotated[str | None, typer.Option('--json', help='Also write the numbers here; - prints only them.')] = None,
+    rows: Annotated[bool, typer.Option('--rows', help='List every episode in the JSON.')] = False,
+    videos: Annotated[Path | None, typer.Option(help='Folder for videos of the first failures.')] = None,
+    max_videos: Annotated[int, typer.Option(min=0, help='So many failures at most.')] = 5,
+    out: Annotated[Path, typer.Option(help='Folder for the logs of --ros.')] = Path('evaluation'),
+) -> None:
+    """Measure in closed loop, in simulation, how often a checkpoint does what it is told."""
+    from vla_policy_ros.resources import checkpoint_path, robot_path
+    from vla_policy_ros.sim.render_error import RenderError
+
+    with _sentence_instead_of_traceback(OSError, ValueError, RenderError):
+        # Loads the simulator.
+        from vla_policy_ros.evaluation.closed_loop import LoopSettings
+        from vla_policy_ros.evaluation.command import run
+        from vla_policy_ros.evaluation.evaluate import EvaluationOptions
+        from vla_policy_ros.evaluation.probes import Probe
+
+        options = EvaluationOptions(
+            checkpoint=checkpoint_path(checkpoint),
+            robot_file=robot_path(robot),
+            tasks=tuple(name.strip() for name in tasks.split(',')),
+            variations=tuple(variation or ('nominal',)),
+            episodes=episodes,
+            seed=seed,
+            purpose='choice' if choice else 'test',
+            loop=LoopSettings(executed, seconds, Probe(wrong_k, no_k, wrong_instruction)),
+            num_steps=steps,
+            solver=solver,
+            policy_seed=policy_seed,
+            jobs=jobs,
+            rows=rows,
+            videos=videos,
+            max_videos=max_videos,
+        )
+        raise typer.Exit(run(options, json_file, ros, out))
 
 
 def _run_module(module: str, arguments: list[str]) -> None:

@@ -8,25 +8,22 @@ import pytest
 
 pytest.importorskip('mujoco')
 
-from vla_policy_ros.policy import Policy
-from vla_policy_ros.robot import load_robot
-from vla_policy_ros.training.evaluate import FIRST_SEED, evaluate, summarise
+from vla_policy_ros.evaluation.evaluate import EvaluationOptions, evaluate
+from vla_policy_ros.resources import checkpoint_path, robot_path
 
-ROOT = Path(__file__).resolve().parents[2]
-CHECKPOINT = ROOT / 'checkpoints' / 'tabletop'
-EPISODES = 10
+CHECKPOINT = checkpoint_path('tabletop')
+EPISODES = 20
 
 
 def test_weights_are_small_enough_to_ship() -> None:
-    assert (CHECKPOINT / 'model.safetensors').stat().st_size < 10_000_000
+    assert (Path(CHECKPOINT) / 'model.safetensors').stat().st_size < 20_000_000
 
 
 @pytest.mark.slow
 def test_shipped_checkpoint_reaches_the_named_object() -> None:
-    robot = load_robot(ROOT / 'config' / 'robots' / 'tabletop.yaml')
-    policy = Policy.load(CHECKPOINT, robot, seed=0)
-    seeds = range(FIRST_SEED, FIRST_SEED + EPISODES)
-    episodes = list(evaluate(policy, robot, seeds, seconds=4.0, executed=8, jitter=True))
-    summary = summarise(episodes)
-    assert summary['success_5cm'] >= 0.6, summary
-    assert summary['nearer_to_another_object'] <= 2, summary
+    """The bounds are far below the numbers of docs/results.md: what breaks them is a mistake, not bad luck."""
+    # Other scenes than those of the documents, which are never used to choose anything.
+    found = evaluate(EvaluationOptions(CHECKPOINT, robot_path('tabletop'), episodes=EPISODES, seed=7, purpose='choice'))
+    reach = found['tasks']['reach']
+    assert reach['success_rate'] >= 0.6, reach
+    assert reach['wrong_object_rate'] <= 0.15, reach

@@ -1,6 +1,7 @@
-"""A video of a recorded run: all cameras side by side, and below them what the policy was told, what it did and how far it got.
+"""Videos: all cameras side by side, and below them what the policy was told, what it did and how far it got.
 
-Enters: a bag written by the recorder. Leaves: an H.264 mp4 that browsers play, at the speed of the recording's clock. Any thread.
+Enters: a bag written by the recorder, or frame by frame what somebody else has seen. Leaves: an H.264 mp4 that browsers play, at
+the speed of the clock that the frames were seen by. Any thread.
 """
 
 from __future__ import annotations
@@ -36,20 +37,20 @@ def write_video(bag: Path, path: Path, image_topics: Sequence[str], caption: Cap
     ``image_topics`` are topics of sensor_msgs/CompressedImage.
     """
     views: dict[str, NDArray[np.uint8]] = {}
-    writer = _Writer(path)
+    writer = VideoWriter(path)
     with AnyReader([bag]) as reader:
         for connection, time_ns, raw in reader.messages():
             message = reader.deserialize(raw, connection.msgtype)
             if connection.topic in image_topics:
-                views[connection.topic] = _view(decode_compressed(message))
+                views[connection.topic] = at_height(decode_compressed(message))
             lines = caption(connection.topic, message, time_ns)
             if connection.topic == image_topics[0] and len(views) == len(image_topics):
-                writer.add(_frame([views[topic] for topic in image_topics], lines), time_ns)
+                writer.add(captioned([views[topic] for topic in image_topics], lines), time_ns)
     return writer.close()
 
 
-class _Writer:
-    """An mp4 that opens with its first frame, whose size it takes."""
+class VideoWriter:
+    """An mp4 that opens with its first frame, whose size it takes: no frame, no file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -88,15 +89,15 @@ class _Writer:
         self._stream.codec_context.time_base = Fraction(1, _TIME_BASE)
 
 
-def _view(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def at_height(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """An image at the common height; widths are even, as the encoder wants them."""
     height, width = image.shape[:2]
     wide = max(2, round(width * VIEW_HEIGHT / height / 2) * 2)
     return image if (width, height) == (wide, VIEW_HEIGHT) else np.asarray(cv2.resize(image, (wide, VIEW_HEIGHT)), dtype=np.uint8)
 
 
-def _frame(views: Sequence[NDArray[np.uint8]], lines: tuple[str, str]) -> NDArray[np.uint8]:
-    """Views in a row above a strip with two lines of text."""
+def captioned(views: Sequence[NDArray[np.uint8]], lines: tuple[str, str]) -> NDArray[np.uint8]:
+    """One picture: views ``[VIEW_HEIGHT, W, 3]`` in a row above a strip with two lines of text."""
     row = np.hstack(views)
     strip = np.full((CAPTION_HEIGHT, row.shape[1], 3), _BACKGROUND, dtype=np.uint8)
     for text, y, colour, scale in ((lines[0], 32, _BRIGHT, 0.8), (lines[1], 64, _DIM, 0.62)):
