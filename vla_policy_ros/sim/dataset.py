@@ -26,14 +26,16 @@ from vla_policy_ros.types import NS_PER_S, CameraView, Observation
 
 STATE_NOISE = 0.002
 REST_SHARE = 0.12
-MAX_TRAVEL = 45
+LINGER = 0.5
 PUSH_SHARE = 0.5
 PUSH_SIZE = 0.06
 WOBBLE_SIZE = 0.012
 DEPTH_SIZE = (64, 48)
 
-MIX: dict[str, float] = {'reach': 0.85, 'reach_any': 0.15}
+MIX: dict[str, float] = {'reach': 0.62, 'reach_any': 0.12, 'push': 0.26}
 """Shares of the tasks among training scenes."""
+
+LABELLED_SHAPES = (*SHAPES, 'zone')
 
 SCENE_SEED_BASE = 1 << 32
 """Scene seeds of the training stream start here, so that smaller seeds, which demos, tests and evaluations use, are never trained."""
@@ -44,7 +46,8 @@ class SceneLabels:
     """What the simulator knows about the pictures of one scene; the examples of the scene share it.
 
     Attributes:
-        kinds: int64 ``[objects, 2]``, indices of colour (in `scene.COLOURS`) and shape (in `scene.SHAPES`).
+        kinds: int64 ``[objects, 2]``, indices of colour (in `scene.COLOURS`) and shape (in `LABELLED_SHAPES`). The last object is
+            the zone; in a scene without one it is seen nowhere.
         pixels: camera name to float64 ``[objects, 2]``, pixel ``(u, v)`` of each object's centre, NaN where the camera does not see
             it there.
         points: float64 ``[objects, 3]``, centres of the objects in the frame of the arm's base, m.
@@ -132,6 +135,7 @@ def _scene_examples(world: TabletopWorld, kinematics: ArmKinematics, robot: Robo
     world.reset_to(episodes[0].scene)
     start = TaskState(episodes[0].scene.start, np.stack([world.object_position(slot) for slot in range(len(world.objects))]))
     state, velocity = _state_on_noisy_path(task, episodes[0], kinematics, start, robot.action.period, rng)
+    world.put_objects(state.objects)
     world.set_arm(state.q)
     cameras = {name: _view(world, name) for name in robot.camera_names}
     labels = _labels(world, robot.camera_names)
@@ -156,12 +160,14 @@ def _view(world: TabletopWorld, name: str) -> CameraView:
 
 
 def _labels(world: TabletopWorld, cameras: tuple[str, ...]) -> SceneLabels:
-    slots = range(len(world.objects))
+    slots, zone = range(len(world.objects)), world.scene.zone
     colours, nowhere = list(COLOURS), (np.nan, np.nan)
+    kinds = [[colours.index(spec.colour), LABELLED_SHAPES.index(spec.shape)] for spec in world.objects]
+    seen = {name: [world.visible_pixel(name, slot) for slot in slots] + [world.visible_zone(name)] for name in cameras}
     return SceneLabels(
-        kinds=np.array([[colours.index(spec.colour), SHAPES.index(spec.shape)] for spec in world.objects]),
-        pixels={name: np.array([world.visible_pixel(name, slot) or nowhere for slot in slots]) for name in cameras},
-        points=np.stack([world.object_position(slot) for slot in slots]),
+        kinds=np.array([*kinds, [0 if zone is None else colours.index(zone.colour), LABELLED_SHAPES.index('zone')]]),
+        pixels={name: np.array([pixel or nowhere for pixel in pixels]) for name, pixels in seen.items()},
+        points=np.stack([*map(world.object_position, slots), np.full(3, np.nan) if zone is None else world.zone_position()]),
         depth={name: world.render_depth(name, *DEPTH_SIZE) for name in cameras},
         fixed=tuple(name for name in cameras if name == 'scene'),
     )
@@ -183,7 +189,7 @@ def _state_on_noisy_path(
     velocity = np.zeros(7)
     if rng.random() < REST_SHARE:
         return state, velocity
-    steps = int(rng.integers(1, MAX_TRAVEL))
+    steps = int(rng.integers(1, round((task.seconds + LINGER) / period)))
     pushed_at = int(rng.integers(steps)) if rng.random() < PUSH_SHARE else -1
     for index in range(steps):
         before = state.q

@@ -53,6 +53,10 @@ class ArmKinematics:
         mujoco.mj_kinematics(self.model, self._data)
         return self._data.site_xpos[self._tcp].copy(), self._data.site_xmat[self._tcp].reshape(3, 3)[:, 2].copy()
 
+    def heading(self) -> NDArray[np.float64]:
+        """Horizontal direction ``[2]`` across the line of the fingers (the hand's x axis) at the positions of the last `place`."""
+        return self._data.site_xmat[self._tcp].reshape(3, 3)[:2, 0].copy()
+
     def jacobian(self) -> NDArray[np.float64]:
         """Jacobian ``[6, 7]`` (translation above rotation) of the tool at the positions of the last `place`."""
         mujoco.mj_comPos(self.model, self._data)
@@ -88,12 +92,28 @@ def expert_chunk(
 
 def expert_step(kinematics: ArmKinematics, q: NDArray[np.float64], goal: NDArray[np.float64], period: float) -> NDArray[np.float64]:
     """Joint positions ``[7]`` one ``period`` after ``q``; see `expert_chunk`."""
-    position, axis = kinematics.place(q)
+    return step_towards(kinematics, q, funnel(kinematics.place(q)[0], goal), period)
+
+
+def step_towards(
+    kinematics: ArmKinematics,
+    q: NDArray[np.float64],
+    way: NDArray[np.float64],
+    period: float,
+    max_tool_speed: float = MAX_TOOL_SPEED,
+    turn: float = 0.0,
+) -> NDArray[np.float64]:
+    """Joint positions ``[7]`` one ``period`` after ``q``, for a tool that has ``way [3]`` (m) to go and ``turn`` (rad) to turn.
+
+    The tool covers a share of the way, at most at ``max_tool_speed`` (m/s), while its approach axis turns to the vertical.
+    ``turn`` is about the world's z axis.
+    """
+    _, axis = kinematics.place(q)
     gain = 1.0 - np.exp(-APPROACH_RATE * period)
-    travel = _funnel(position, goal) * gain
-    travel *= min(1.0, MAX_TOOL_SPEED * period / max(float(np.linalg.norm(travel)), 1e-12))
-    # The rotation that makes the approach axis point straight down: axis x (0, 0, -1).
-    tilt = gain * np.array([-axis[1], axis[0], 0.0])
+    travel = way * gain
+    travel *= min(1.0, max_tool_speed * period / max(float(np.linalg.norm(travel)), 1e-12))
+    # The rotation that makes the approach axis point straight down, axis x (0, 0, -1), and the one about the vertical.
+    tilt = gain * np.array([-axis[1], axis[0], turn])
 
     jacobian = kinematics.jacobian().copy()
     jacobian[3:] *= _AXIS_WEIGHT
@@ -106,7 +126,7 @@ def expert_step(kinematics: ArmKinematics, q: NDArray[np.float64], goal: NDArray
     return stepped
 
 
-def _funnel(position: NDArray[np.float64], goal: NDArray[np.float64]) -> NDArray[np.float64]:
+def funnel(position: NDArray[np.float64], goal: NDArray[np.float64]) -> NDArray[np.float64]:
     """Way ``[3]`` from the tool to where it should head: a point above the goal while far, the goal itself when near."""
     offset = goal - position
     remaining = float(np.hypot(offset[0], offset[1]))

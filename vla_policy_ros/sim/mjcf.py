@@ -144,6 +144,7 @@ _SURROUNDINGS = """
     <light name="fill" pos="0 1 1.5" dir=".3 -.6 -1" directional="true" castshadow="false"
            diffuse=".2 .2 .22" specular="0 0 0"/>
     <camera name="scene" pos="1 0 1"/>
+    <geom name="zone" type="cylinder" pos=".5 0 -1" size=".05 .0006" rgba=".5 .5 .5 1" contype="0" conaffinity="0"/>
 """
 
 

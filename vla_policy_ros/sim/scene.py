@@ -34,6 +34,8 @@ HOME_SPREAD = 0.12
 WORKSPACE_X = (0.36, 0.66)
 WORKSPACE_Y = (-0.26, 0.26)
 MIN_SPACING = 0.09
+ZONE_RADIUS = 0.05
+ZONE_SPACING = 0.10
 SHARED_COLOUR_PROBABILITY = 0.35
 
 FIELD_OF_VIEW = (38.0, 58.0)
@@ -49,12 +51,14 @@ _TABLE_TONE = np.array([0.64, 0.60, 0.55])
 
 @dataclass(frozen=True)
 class Variation:
-    """How a scene departs from the nominal one. Objects and start pose depend on the seed and the first three fields only.
+    """How a scene departs from the nominal one. Objects and start pose depend on the seed and the first four fields only.
 
     Attributes:
         kinds: ``trained``, or ``held_out``: the first object is of a kind that ordinary scenes never show.
         shared_colour: whether two objects share a colour; None draws it.
         twins: the second object is of the first one's kind, so that a sentence may fit both.
+        zone: a coloured disc is painted on the table, clear of the objects, and the first object is a cube, which can be
+            pushed: balls roll and cylinders fall.
         camera: ``nominal``, ``jitter`` (position uniform within CAMERA_SHIFT m per axis, axes tilted by CAMERA_TILT degrees, one
             standard deviation) or ``shifted`` (position uniform within ``camera_shift`` m per axis, nothing else).
         camera_shift: m.
@@ -64,6 +68,7 @@ class Variation:
     kinds: str = 'trained'
     shared_colour: bool | None = None
     twins: bool = False
+    zone: bool = False
     camera: str = 'nominal'
     camera_shift: float = 0.025
     surroundings: bool = False
@@ -119,6 +124,15 @@ class ObjectSpec:
 
 
 @dataclass(frozen=True)
+class Zone:
+    """A coloured disc painted on the table: ``colour`` word and centre ``x, y``, m."""
+
+    colour: str
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
 class Scene:
     """One episode's initial conditions.
 
@@ -131,6 +145,7 @@ class Scene:
         camera_axes: float64 ``[3, 3]``, columns right, up, backward of the scene camera.
         light: brightness factor and horizontal direction ``(gain, dx, dy)``.
         table: RGB of the table top.
+        zone: the disc on the table, or None.
     """
 
     seed: int
@@ -141,6 +156,7 @@ class Scene:
     camera_axes: NDArray[np.float64]
     light: tuple[float, float, float]
     table: tuple[float, float, float]
+    zone: Zone | None = None
 
 
 def sample_scene(seed: int, variation: Variation = NOMINAL) -> Scene:
@@ -162,6 +178,10 @@ def sample_scene(seed: int, variation: Variation = NOMINAL) -> Scene:
     start = HOME + rng.normal(0.0, HOME_SPREAD, size=7).clip(-2 * HOME_SPREAD, 2 * HOME_SPREAD)
     fovy = float(rng.uniform(*FIELD_OF_VIEW))
     position, axes = _camera(np.random.default_rng([seed, 3]), variation)
+    zone = None
+    if variation.zone:
+        x, y = _clear_place(rng, objects)
+        zone = Zone(list(COLOURS)[int(rng.integers(len(COLOURS)))], x, y)
     light, table = (1.0, 0.0, 0.0), _TABLE_TONE
     if variation.surroundings:
         light = (
@@ -171,7 +191,7 @@ def sample_scene(seed: int, variation: Variation = NOMINAL) -> Scene:
         )
         table = _TABLE_TONE * surroundings.uniform(0.6, 1.3) + surroundings.uniform(-0.06, 0.06, size=3)
     red, green, blue = (float(part) for part in np.clip(table, 0.0, 1.0))
-    return Scene(seed, objects, start, fovy, position, axes, light, (red, green, blue))
+    return Scene(seed, objects, start, fovy, position, axes, light, (red, green, blue), zone)
 
 
 def _tint(rng: np.random.Generator) -> tuple[float, float, float]:
@@ -211,6 +231,8 @@ def _kinds(rng: np.random.Generator, variation: Variation) -> list[tuple[str, st
         if shared:
             colours[second] = colours[first]
             shapes[second] = str(rng.choice([shape for shape in SHAPES if shape != shapes[first]]))
+        if variation.zone:
+            shapes[0] = 'cube'
         if variation.twins:
             colours[1], shapes[1] = colours[0], shapes[0]
         kinds = list(zip(colours, shapes, strict=True))
@@ -229,6 +251,16 @@ def _places(rng: np.random.Generator) -> NDArray[np.float64]:
         gaps = np.linalg.norm(places[:, None] - places[None], axis=-1)
         if np.all(gaps[np.triu_indices(OBJECT_SLOTS, 1)] >= MIN_SPACING):
             return places
+
+
+def _clear_place(rng: np.random.Generator, objects: tuple[ObjectSpec, ...]) -> tuple[float, float]:
+    """A place for a zone, at least ZONE_SPACING from every object; where the table is too full, the best of many."""
+    low, high = np.array([WORKSPACE_X[0], WORKSPACE_Y[0]]), np.array([WORKSPACE_X[1], WORKSPACE_Y[1]])
+    places = rng.uniform(low, high, size=(64, 2))
+    gaps = np.linalg.norm(places[:, None] - np.array([[spec.x, spec.y] for spec in objects])[None], axis=-1).min(axis=1)
+    clear = np.flatnonzero(gaps >= ZONE_SPACING)
+    x, y = places[int(clear[0]) if len(clear) else int(gaps.argmax())]
+    return float(x), float(y)
 
 
 def _rotation(vector: NDArray[np.float64]) -> NDArray[np.float64]:

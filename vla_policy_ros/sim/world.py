@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from vla_policy_ros.sim.engine import mujoco
 from vla_policy_ros.sim.mjcf import CAMERA_NAMES, JOINT_NAMES, OBJECT_SLOTS, TIMESTEP, tabletop_xml
 from vla_policy_ros.sim.renderer import OffscreenRenderer
-from vla_policy_ros.sim.scene import NOMINAL, ObjectSpec, Scene, Variation, sample_scene
+from vla_policy_ros.sim.scene import COLOURS, NOMINAL, ObjectSpec, Scene, Variation, sample_scene
 from vla_policy_ros.types import NS_PER_S, CameraView
 
 IMAGE_WIDTH, IMAGE_HEIGHT = 640, 480
@@ -56,6 +56,7 @@ class TabletopWorld:
         self._arm_qpos = np.array([int(self.model.joint(name).qposadr[0]) for name in JOINT_NAMES])
         self._arm_qvel = np.array([int(self.model.joint(name).dofadr[0]) for name in JOINT_NAMES])
         self._lamp = self.model.light('lamp').id
+        self._zone = self.model.geom('zone').id
         self._table_material = self.model.material('table').id
         self._nominal_light = (self.model.light_diffuse.copy(), self.model.light_dir.copy())
         self._steps = 0
@@ -88,6 +89,10 @@ class TabletopWorld:
         self.model.light_diffuse[:] = diffuse * gain
         self.model.light_dir[self._lamp] = direction[self._lamp] + [dx, dy, 0.0]
         self.model.mat_rgba[self._table_material] = [*scene.table, 1.0]
+        zone = scene.zone
+        self.model.geom_pos[self._zone] = [0.5, 0.0, -1.0] if zone is None else [zone.x, zone.y, 0.0006]
+        if zone is not None:
+            self.model.geom_rgba[self._zone] = [*COLOURS[zone.colour], 1.0]
         self.scene = scene
         mujoco.mj_forward(self.model, self.data)
 
@@ -96,6 +101,14 @@ class TabletopWorld:
         self.data.qpos[self._arm_qpos] = positions
         self.data.qvel[self._arm_qvel] = 0.0
         self.data.ctrl[:] = positions
+        mujoco.mj_forward(self.model, self.data)
+
+    def put_objects(self, places: NDArray[np.float64]) -> None:
+        """Move the objects' centres to ``places [slots, 3]`` (m), at rest and turned as they were laid out."""
+        for slot, place in enumerate(places):
+            address, dof = self._object_qpos[slot], int(self.model.body_dofadr[self._object_bodies[slot]])
+            self.data.qpos[address : address + 3] = place
+            self.data.qvel[dof : dof + 6] = 0.0
         mujoco.mj_forward(self.model, self.data)
 
     def _place(self, slot: int, spec: ObjectSpec) -> None:
@@ -218,14 +231,26 @@ class TabletopWorld:
     def visible_pixel(self, camera: str, which: str | int) -> tuple[float, float] | None:
         """Pixel of the centre of an object where the camera sees that very object there, else None. Raises KeyError."""
         slot = self._slot(which)
-        centre = self.object_position(slot)
+        return self._seen(camera, self.object_position(slot), self._object_geoms[slot])
+
+    def visible_zone(self, camera: str) -> tuple[float, float] | None:
+        """Pixel of the zone's centre where the camera sees the zone there; None also in a scene without one."""
+        return None if self.scene.zone is None else self._seen(camera, self.zone_position(), self._zone)
+
+    def zone_position(self) -> NDArray[np.float64]:
+        """Centre ``[3]`` of the zone, m. Raises KeyError in a scene without one."""
+        if self.scene.zone is None:
+            raise KeyError(f'scene {self.scene.seed} has no zone')
+        return np.array(self.data.geom_xpos[self._zone])
+
+    def _seen(self, camera: str, centre: NDArray[np.float64], geom: int) -> tuple[float, float] | None:
         pixel = self.project(camera, centre)
         if pixel is None:
             return None
         position = self.data.cam_xpos[self._camera(camera)]
         hit = np.full(1, -1, dtype=np.int32)
         mujoco.mj_ray(self.model, self.data, position, centre - position, None, 1, -1, hit)
-        return pixel if int(hit[0]) == self._object_geoms[slot] else None
+        return pixel if int(hit[0]) == geom else None
 
     def render(self, camera: str, width: int | None = None, height: int | None = None) -> CameraView:
         """Render a camera: RGB uint8 ``[height, width, 3]``, its intrinsics and the simulated time as stamp.

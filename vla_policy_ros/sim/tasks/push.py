@@ -1,0 +1,148 @@
+"""Pushing: the named cube ends in the coloured zone.
+
+The expert is memoryless: the tool belongs behind the object, on the line from the zone through its centre. From elsewhere it is drawn
+there from above, down a funnel; behind the object and low, it drives forward and steers back to the line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vla_policy_ros.sim.expert import MAX_TOOL_SPEED, ArmKinematics, funnel, step_towards
+from vla_policy_ros.sim.scene import ZONE_RADIUS, ObjectSpec, Scene, Zone, sample_scene
+from vla_policy_ros.sim.tasks.base import TRAINING, Conditions, Episode, Outcome, TaskState
+from vla_policy_ros.sim.world import TabletopWorld
+
+TEMPLATES = (
+    'push the {} to the {} zone',
+    'push the {} into the {} zone',
+    'push the {} onto the {} circle',
+    'move the {} into the {} zone',
+    'slide the {} to the {} zone',
+)
+HELD_OUT_TEMPLATES = (
+    'please push the {} over to the {} circle',
+    'take the {} and push it into the {} zone',
+)
+
+TOOL_HEIGHT = 0.032
+TOOL_RADIUS = 0.015
+BEHIND = 0.03
+LINE_WIDTH = 0.014
+LOW = 0.055
+ARRIVED = 0.012
+PUSH_SPEED = 0.14
+TURN_PER_STEP = 0.15
+SUCCESS_DISTANCE = 0.04
+MOVED = 0.05
+_STEERING = 1.5
+_EPISODE = 7
+
+
+class Push:
+    """Push the named cube into the zone; two others are in the way or not."""
+
+    name = 'push'
+    seconds = 10.0
+
+    def sample(self, seed: int, conditions: Conditions) -> Episode:
+        if conditions.scene.kinds == 'held_out' or conditions.naming not in ('any', 'full'):
+            raise ValueError('push names its objects in full and has no held-out kinds; leave naming and kinds alone')
+        rng = np.random.default_rng([seed, _EPISODE])
+        scene = sample_scene(seed, replace(conditions.scene, zone=True))
+        cubes = _cubes(scene)
+        return self._episode(scene, cubes[int(rng.integers(len(cubes)))], rng, conditions)
+
+    def training_episodes(self, seed: int) -> list[Episode]:
+        rng = np.random.default_rng([seed, _EPISODE])
+        scene = sample_scene(seed, replace(TRAINING.scene, zone=True))
+        return [self._episode(scene, int(slot), rng, TRAINING) for slot in rng.permutation(_cubes(scene))]
+
+    def step(self, kinematics: ArmKinematics, state: TaskState, episode: Episode, period: float) -> TaskState:
+        slot = episode.targets[0]
+        spec, zone = episode.scene.objects[slot], _zone(episode.scene)
+        tool, _ = kinematics.place(state.q)
+        ahead = np.array([zone.x, zone.y]) - state.objects[slot][:2]
+        way, speed = _way(tool, state.objects[slot], spec, zone)
+        q = step_towards(kinematics, state.q, way, period, speed, _turn(kinematics.heading(), ahead))
+        objects = state.objects.copy()
+        objects[slot] = _carried(kinematics.place(q)[0], objects[slot], spec)
+        return TaskState(q, objects)
+
+    def measure(self, world: TabletopWorld, episode: Episode) -> Outcome:
+        zone = _zone(episode.scene)
+        place = np.array([zone.x, zone.y])
+        error = float(np.linalg.norm(world.object_position(episode.targets[0])[:2] - place))
+        if error < SUCCESS_DISTANCE:
+            return Outcome(True, error, '')
+        moved = [
+            float(np.linalg.norm(world.object_position(slot)[:2] - [spec.x, spec.y]))
+            for slot, spec in enumerate(episode.scene.objects)
+        ]
+        if max(moved) > MOVED and int(np.argmax(moved)) not in episode.targets:
+            return Outcome(False, error, 'wrong_object')
+        return Outcome(False, error, 'missed' if error < ZONE_RADIUS + SUCCESS_DISTANCE else 'timed_out')
+
+    def _episode(self, scene: Scene, slot: int, rng: np.random.Generator, conditions: Conditions) -> Episode:
+        templates = conditions.templates(TEMPLATES, HELD_OUT_TEMPLATES)
+        sentence = templates[int(rng.integers(len(templates)))].format(scene.objects[slot].name, _zone(scene).colour)
+        return Episode(self.name, scene, sentence, (slot,))
+
+
+def _zone(scene: Scene) -> Zone:
+    if scene.zone is None:
+        raise ValueError(f'scene {scene.seed} has no zone to push into; draw it with Variation(zone=True)')
+    return scene.zone
+
+
+def _cubes(scene: Scene) -> list[int]:
+    """Slots that can be pushed: balls would roll, and cylinders fall."""
+    return [slot for slot, spec in enumerate(scene.objects) if spec.shape == 'cube']
+
+
+def _contact(spec: ObjectSpec) -> float:
+    """Distance from the cube's axis to the tool's when they touch, m: the mean over the directions of the cube."""
+    return spec.size[0] * 1.13 + TOOL_RADIUS
+
+
+def _way(
+    tool: NDArray[np.float64], centre: NDArray[np.float64], spec: ObjectSpec, zone: Zone
+) -> tuple[NDArray[np.float64], float]:
+    """Way ``[3]`` for the tool, and its speed limit, m/s."""
+    to_zone = np.array([zone.x, zone.y]) - centre[:2]
+    remaining = float(np.linalg.norm(to_zone))
+    if remaining < ARRIVED:
+        return np.array([0.0, 0.0, max(0.0, 2 * spec.half_height + 0.03 - tool[2])]), MAX_TOOL_SPEED
+    ahead = to_zone / remaining
+    relative = tool[:2] - centre[:2]
+    along = float(relative @ ahead)
+    beside = relative - along * ahead
+    reach = _contact(spec)
+    on_line = float(np.linalg.norm(beside)) < LINE_WIDTH
+    if tool[2] < LOW and on_line and -(reach + BEHIND + 0.03) < along < 0.0:
+        forward = max(0.0, -reach - along) + remaining
+        return np.array([*(ahead * forward - _STEERING * beside), TOOL_HEIGHT - tool[2]]), PUSH_SPEED
+    behind = centre[:2] - ahead * (reach + BEHIND)
+    return funnel(tool, np.array([*behind, TOOL_HEIGHT])), MAX_TOOL_SPEED
+
+
+def _turn(heading: NDArray[np.float64], ahead: NDArray[np.float64]) -> float:
+    """Angle, rad, at most a quarter turn, that brings the line of the fingers across the push; none once the cube has arrived."""
+    if float(np.linalg.norm(ahead)) < ARRIVED:
+        return 0.0
+    angle = np.arctan2(ahead[1], ahead[0]) - np.arctan2(heading[1], heading[0])
+    # Slowly, for a quick turn of the hand would leave the rest of the arm no time to travel.
+    return float(np.clip((angle + np.pi / 2) % np.pi - np.pi / 2, -TURN_PER_STEP, TURN_PER_STEP))
+
+
+def _carried(tool: NDArray[np.float64], centre: NDArray[np.float64], spec: ObjectSpec) -> NDArray[np.float64]:
+    """The object's centre after the tool has come to ``tool``: pushed straight away from it, as far as they would overlap."""
+    away = centre[:2] - tool[:2]
+    distance = float(np.linalg.norm(away))
+    overlap = _contact(spec) - distance
+    if tool[2] > 2 * spec.half_height or overlap <= 0.0 or distance < 1e-6:
+        return centre
+    return np.array([*(centre[:2] + away / distance * overlap), centre[2]])
