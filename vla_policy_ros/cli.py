@@ -244,6 +244,61 @@ def _recordings(bag: Path | None, topic: str | None, preferred: Sequence[str], s
     return [recording_from_messages(topic, heard.trajectories, heard.states)]
 
 
+@app.command()
+def dataset(
+    source: Annotated[Path, typer.Argument(help='A bag, a folder of bags, or a LeRobot dataset (v2.0, v2.1, v3.0).')],
+    destination: Annotated[Path | None, typer.Argument(help='New folder. Without it, the source is only looked at.')] = None,
+    *,
+    robot: RobotOption,
+    to: Annotated[str | None, typer.Option(help='lerobot (v3.0) or bag; else whichever the source is not.')] = None,
+    episode: Annotated[list[int] | None, typer.Option(help='Only this one. Give it as often as needed.')] = None,
+    camera: Annotated[
+        list[str] | None, typer.Option(help='CAMERA=FEATURE of a LeRobot dataset, where names differ. As often as needed.')
+    ] = None,
+    mapping: Annotated[Path | None, typer.Option(help='YAML file of names that differ, see docs/datasets.md.')] = None,
+    instruction: Annotated[str | None, typer.Option(help='Instead of what is recorded.')] = None,
+    fps: Annotated[int | None, typer.Option(min=1, max=1000, help='Rows per second of a LeRobot dataset; else measured.')] = None,
+    codec: Annotated[str, typer.Option(help='Of LeRobot videos: h264, av1, or auto.')] = 'auto',
+    max_gap: Annotated[float, typer.Option(min=0.01, help='A longer pause begins a new LeRobot episode, s.')] = 0.5,
+    skip_damaged: Annotated[bool, typer.Option('--skip-damaged', help='Leave out and report what cannot be read.')] = False,
+    json_file: Annotated[str | None, typer.Option('--json', help='Also write the report to this file; - prints only that.')] = None,
+) -> None:
+    """Report on recorded episodes, and convert them: bags to LeRobot v3.0, LeRobot to bags (mcap).
+
+    Ends with 0, or with 1 where something was left out.
+    """
+    from rich.console import Console
+
+    from vla_policy_ros.episodes.convert import Options, convert, format_named, inspect
+    from vla_policy_ros.episodes.mapping import DatasetMapping, load_mapping, with_cameras
+    from vla_policy_ros.episodes.quality_report import REPORT_WIDTH, print_report
+    from vla_policy_ros.episodes.sources import find_episodes, is_lerobot
+    from vla_policy_ros.resources import robot_path
+    from vla_policy_ros.robot import load_robot
+
+    def progress(name: str) -> None:
+        typer.echo(name, err=True)
+
+    with _sentence_instead_of_traceback(OSError, ValueError):
+        resolved = load_robot(robot_path(robot))
+        names = with_cameras(load_mapping(mapping) if mapping else DatasetMapping(), camera or ())
+        sources = find_episodes(source, resolved, mapping=names, instruction=instruction, only=episode)
+        if destination is None:
+            report = inspect(sources, source.name, resolved, progress, skip_damaged)
+        else:
+            kind = format_named(to or ('bag' if is_lerobot(source) else 'lerobot'))
+            options = Options(fps, codec, max_gap, skip_damaged)
+            report = convert(sources, source.name, destination, kind, resolved, options, progress)
+        text = json.dumps(report.to_dict(), indent=2, allow_nan=False)
+        if json_file not in (None, '-'):
+            Path(json_file).write_text(text + '\n', encoding='utf-8')
+    if json_file == '-':
+        typer.echo(text)
+    else:
+        print_report(report, Console(width=None if sys.stdout.isatty() else REPORT_WIDTH))
+    raise typer.Exit(1 if any(outcome.problem for outcome in report.episodes) else 0)
+
+
 @app.command(context_settings=_PASS_THROUGH, add_help_option=False)
 def train(context: typer.Context) -> None:
     """Train a checkpoint on the simulated tabletop (train --help lists its options)."""
