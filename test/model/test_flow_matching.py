@@ -290,3 +290,17 @@ def test_half_precision_loss_and_chunk_are_finite_single_precision(conditioning:
     for value in (loss, flow_loss(model.bfloat16(), half, **fixed), sampled(model, half)):
         assert value.dtype == torch.float32 and torch.isfinite(value).all()
     assert float(loss.detach()) == pytest.approx(float(exact), rel=0.05)
+
+
+@torch.no_grad()
+def test_regression_is_the_same_network_from_no_noise_in_one_step() -> None:
+    model = toy_model(expert_config={'objective': 'regression'})
+    given = backbone_inputs(model, RIGHT)
+    answer = sampled(model, given, steps=7, solver='midpoint')
+    assert torch.equal(answer, sampled(model, given, noise=noise(seed=3))), 'it depends on no noise and on no solver'
+    assert torch.allclose(answer, -velocity_field(model, given)(torch.zeros_like(answer), 1.0), atol=1e-6)
+    targets = noise(seed=9)
+    loss = flow_loss(model, given, generator=torch.Generator().manual_seed(0), repeats=3)
+    assert float(loss) == pytest.approx(float((answer - targets).square().mean()), rel=1e-5)
+    with pytest.raises(ValueError, match='continues no known actions'):
+        sampled(model, given, action_prefix=targets[:, :1])

@@ -19,6 +19,7 @@ STREAM_ATTENTION = ('auto', 'eager', 'sdpa')
 SUFFIX_ATTENTION = ('block', 'state_block', 'causal')
 EXPERT_MODES = ('separate', 'shared')
 FUSION_DEPTHS = ('deep', 'late')
+OBJECTIVES = ('flow_matching', 'regression')
 TIME_CONDITIONING = ('token', 'concat_mlp', 'adarms')
 TIME_SAMPLING = ('uniform', 'beta')
 SOLVERS = ('euler', 'ab2', 'midpoint')
@@ -143,6 +144,8 @@ class ActionExpertConfig(PreTrainedConfig):
             ``adarms`` lets it scale, shift and gate every norm of the suffix (as in pi0.5). Only the last two know a time per
             action, which a real-time-chunking prefix needs.
         time_min_period, time_max_period: periods of the sinusoidal time code.
+        objective: ``flow_matching``, or ``regression``: the same network answers the mean chunk at once, from no noise at t = 1.
+            It is there to be compared with, and fails where several chunks are right.
         time_sampling: distribution of t in training, ``uniform`` or ``beta`` (alpha, beta, then ``scale * t + offset``).
         use_time_weight: weigh the loss by (1 - t) / E[1 - t].
         suffix_attention: ``block`` (all suffix tokens see each other), ``state_block`` (the state sees only itself), ``causal``.
@@ -166,6 +169,7 @@ class ActionExpertConfig(PreTrainedConfig):
     time_conditioning: str = 'token'
     time_min_period: float = 4e-3
     time_max_period: float = 4.0
+    objective: str = 'flow_matching'
     time_sampling: str = 'beta'
     time_alpha: float = 1.5
     time_beta: float = 1.0
@@ -185,6 +189,7 @@ class ActionExpertConfig(PreTrainedConfig):
         _one_of(f'{place}.mode', self.mode, EXPERT_MODES)
         _one_of(f'{place}.fusion_depth', self.fusion_depth, FUSION_DEPTHS)
         _one_of(f'{place}.time_conditioning', self.time_conditioning, TIME_CONDITIONING)
+        _one_of(f'{place}.objective', self.objective, OBJECTIVES)
         _one_of(f'{place}.time_sampling', self.time_sampling, TIME_SAMPLING)
         _one_of(f'{place}.suffix_attention', self.suffix_attention, SUFFIX_ATTENTION)
         _one_of(f'{place}.solver', self.solver, SOLVERS)
@@ -204,6 +209,8 @@ class ActionExpertConfig(PreTrainedConfig):
             raise ValueError('expert_config.use_state is set but expert_config.state_dim is missing; give the state width')
         if self.time_conditioning == 'token':
             self._check_time_token()
+        if self.objective == 'regression' and self.rtc_max_delay:
+            raise ValueError(f'{place}.rtc_max_delay is {self.rtc_max_delay}; a regression expert continues no action prefix: set 0')
         if not 0 <= self.rtc_max_delay < self.action_horizon:
             raise ValueError(
                 f'{place}.rtc_max_delay is {self.rtc_max_delay}; it must lie in 0..{self.action_horizon - 1}, '

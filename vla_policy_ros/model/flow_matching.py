@@ -247,6 +247,8 @@ class FlowMatchingActionExpert(nn.Module):
             )
         if action_is_pad is not None and action_is_pad.shape != (batch, horizon):
             raise ValueError(f'action_is_pad is {tuple(action_is_pad.shape)}; it must be {(batch, horizon)}')
+        if self.config.objective == 'regression':
+            noise, time = torch.zeros_like(noise), torch.ones_like(time)
         clean = None if delay is None else torch.arange(horizon, device=actions.device) < delay[:, None]
         if clean is not None and self.config.time_conditioning == 'token':
             raise ValueError("delay needs a time per action; use time_conditioning 'concat_mlp' or 'adarms'")
@@ -291,6 +293,9 @@ class FlowMatchingActionExpert(nn.Module):
         """
         steps = self.config.num_inference_steps if num_steps is None else num_steps
         solver = self.config.solver if solver is None else solver
+        regression = self.config.objective == 'regression'
+        if regression:
+            steps, solver = 1, 'euler'
         times = evaluation_times(solver, steps)
         like = prefix_embs if prefix_embs is not None else getattr(prefix_past_key_values, 'key', None)
         if like is None:
@@ -298,7 +303,9 @@ class FlowMatchingActionExpert(nn.Module):
         batch, shape = len(like), (self.config.action_horizon, self.config.action_dim)
         if noise is None:
             noise = torch.randn((batch, *shape), device=like.device, generator=generator)
-        noise = noise.to(like.device)
+        noise = torch.zeros_like(noise, device=like.device) if regression else noise.to(like.device)
+        if regression and not (action_prefix is None and guidance is None):
+            raise ValueError("a regression expert continues no known actions; use chunking 'replace' or 'ensemble'")
         self._check(noise, state)
         self._check_known_actions(batch, action_prefix, guidance)
         condition = self.prepare(prefix_embs, state, attention_mask, position_ids, prefix_past_key_values, len(noise))
