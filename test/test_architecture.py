@@ -23,7 +23,8 @@ ROS = {
 NETWORK = {'torch', 'transformers', 'safetensors', 'tokenizers'}
 BELOW_RUNTIME = {'observation', 'policy', 'control', 'robot', 'types'}
 EPISODE_LIBRARIES = {'numpy', 'cv2', 'av', 'pyarrow', 'rosbags', 'pydantic', 'rich'}
-BELOW_TRAINING = {'episodes', 'model', 'policy', 'observation', 'robot', 'types', 'resources'}
+BELOW_TRAINING = {'episodes', 'model', 'policy', 'observation', 'robot', 'strict_yaml', 'types', 'resources'}
+TRAINING_TOOLS = {'accelerate', 'peft', 'pydantic', 'rich', 'yaml'}
 
 # Room or file -> what it may import beside the standard library: rooms of ours, and other packages. The longest match counts.
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
@@ -41,7 +42,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     'ros': ({'runtime', *BELOW_RUNTIME, 'resources'}, {'numpy', 'cv2', 'av', 'rosbags', *ROS}),
     'replay': ({'runtime', *BELOW_RUNTIME, 'resources'}, {'numpy', 'rosbags', 'matplotlib'}),
     'episodes': ({'replay', 'runtime', 'observation', 'control', 'robot', 'strict_yaml', 'types'}, EPISODE_LIBRARIES),
-    'training': (BELOW_TRAINING, {'numpy', *NETWORK}),
+    'training': (BELOW_TRAINING, {'numpy', *NETWORK, *TRAINING_TOOLS}),
     'training/tabletop': ({'sim', *BELOW_TRAINING}, {'numpy', *NETWORK}),  # the simulator's examples; the trainer takes any
     'sim': ({'control', 'robot', 'types', 'resources'}, {'numpy', 'mujoco', 'cv2'}),
     'sim/ros_node': ({'sim', 'control', 'robot', 'types', 'resources'}, {'numpy', *ROS}),

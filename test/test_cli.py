@@ -101,8 +101,11 @@ def test_lint_refuses_a_bag_that_does_not_exist(tmp_path: Path) -> None:
     assert 'Traceback' not in result.stderr
 
 
-@pytest.mark.parametrize('command', ['train'])
-def test_training_commands_have_their_own_options(command: str) -> None:
-    result = vla_policy(command, '--help')
-    assert result.returncode == 0
-    assert '--robot' in result.stdout
+def test_a_training_file_with_a_misspelt_key_is_refused_before_anything_begins(tmp_path: Path) -> None:
+    file = tmp_path / 'a.yaml'
+    file.write_text('robot: tabletop\npreset: tiny\ndata: {source: tabletop, exampels: 3}\nrun: a\nout: b\n')
+    result = vla_policy('train', str(file), '--set', 'optimisation.step=3')
+    assert (result.returncode, result.stdout) == (2, '')
+    assert "data.tabletop.exampels: 'exampels' is not a key here; did you mean 'examples'?" in result.stderr
+    assert "optimisation.step: 'step' is not a key here; did you mean 'steps'?" in result.stderr
+    assert 'Traceback' not in result.stderr

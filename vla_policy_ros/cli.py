@@ -6,7 +6,6 @@ Enters: arguments. Leaves: an exit code: 0 done, 1 ran but failed, 2 could not b
 from __future__ import annotations
 
 import json
-import runpy
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,9 +25,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-# The rooms behind these commands have parsers of their own, so that they also run without this module.
-_PASS_THROUGH = {'allow_extra_args': True, 'ignore_unknown_options': True}
 
 RobotOption = Annotated[str, typer.Option(help='Robot file: a path, or the name of a shipped one.')]
 
@@ -299,10 +295,71 @@ def dataset(
     raise typer.Exit(1 if any(outcome.problem for outcome in report.episodes) else 0)
 
 
-@app.command(context_settings=_PASS_THROUGH, add_help_option=False)
-def train(context: typer.Context) -> None:
-    """Train a checkpoint on the simulated tabletop (train --help lists its options)."""
-    _run_module('vla_policy_ros.training', context.args)
+@app.command('open-loop')
+def open_loop(
+    source: Annotated[Path, typer.Argument(help='A bag, a folder of bags, or a LeRobot dataset.')],
+    *,
+    checkpoint: Annotated[str, typer.Option(help='Checkpoint: a folder, or the name of a shipped one.')],
+    robot: RobotOption,
+    episode: Annotated[list[int] | None, typer.Option(help='Only this one. Give it as often as needed.')] = None,
+    camera: Annotated[list[str] | None, typer.Option(help='CAMERA=FEATURE of a LeRobot dataset, where names differ.')] = None,
+    mapping: Annotated[Path | None, typer.Option(help='YAML file of names that differ, see docs/datasets.md.')] = None,
+    instruction: Annotated[str | None, typer.Option(help='Instead of what is recorded.')] = None,
+    stride: Annotated[int, typer.Option(min=1, help='Steps from one question to the next.')] = 1,
+    steps: Annotated[int | None, typer.Option(min=1, help="Integration steps; else the checkpoint's.")] = None,
+    seed: SeedOption = 0,
+    json_file: Annotated[str | None, typer.Option('--json', help='Also write the errors to this file; - prints only them.')] = None,
+) -> None:
+    """Error of a checkpoint's chunks against what was commanded in recorded episodes, beside two baselines that look at nothing."""
+    from rich.console import Console
+
+    from vla_policy_ros.episodes.mapping import DatasetMapping, load_mapping, with_cameras
+    from vla_policy_ros.episodes.quality_report import REPORT_WIDTH
+    from vla_policy_ros.episodes.sources import find_episodes
+    from vla_policy_ros.resources import checkpoint_path, robot_path
+    from vla_policy_ros.robot import load_robot
+
+    with _sentence_instead_of_traceback(OSError, ValueError):
+        resolved = load_robot(robot_path(robot))
+        names = with_cameras(load_mapping(mapping) if mapping else DatasetMapping(), camera or ())
+        sources = find_episodes(source, resolved, mapping=names, instruction=instruction, only=episode)
+
+        # Loads torch, which takes seconds: only now that everything else is known to be right.
+        from vla_policy_ros.policy import Policy
+        from vla_policy_ros.training.open_loop import measure_all, print_errors, to_dict
+
+        policy = Policy.load(checkpoint_path(checkpoint), resolved, num_steps=steps, seed=seed)
+        results = measure_all(policy, sources, stride, lambda name: typer.echo(name, err=True))
+        text = json.dumps(to_dict(results, resolved), indent=2, allow_nan=False)
+        if json_file not in (None, '-'):
+            Path(json_file).write_text(text + '\n', encoding='utf-8')
+    if json_file == '-':
+        typer.echo(text)
+    else:
+        print_errors(results, resolved, Console(width=None if sys.stdout.isatty() else REPORT_WIDTH))
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help='Training file: a path, or the name of a shipped one.')],
+    changes: Annotated[
+        list[str] | None, typer.Option('--set', help='Change a value: optimisation.steps=100. Give it as often as needed.')
+    ] = None,
+) -> None:
+    """Train a checkpoint as a training file says; goes on with the run that its folder holds.
+
+    On several devices: torchrun --nproc-per-node 8 --no-python vla-policy train CONFIG
+    """
+    from vla_policy_ros.resources import training_path
+
+    with _sentence_instead_of_traceback(OSError, ValueError, FloatingPointError):
+        # Loads torch, which takes seconds: only now that the file is known to be right.
+        from vla_policy_ros.training.config import load_training
+
+        settings = load_training(training_path(config), changes or ())
+        from vla_policy_ros.training.command import train as run
+
+        run(settings)
 
 
 @app.command()
@@ -336,13 +393,15 @@ def evaluate(
     rows: Annotated[bool, typer.Option('--rows', help='List every episode in the JSON.')] = False,
     videos: Annotated[Path | None, typer.Option(help='Folder for videos of the first failures.')] = None,
     max_videos: Annotated[int, typer.Option(min=0, help='So many failures at most.')] = 5,
-    out: Annotated[Path, typer.Option(help='Folder for the logs of --ros.')] = Path('evaluation'),
+    logs: Annotated[Path | None, typer.Option(help='Folder for the logs of the processes of --ros.')] = None,
 ) -> None:
     """Measure in closed loop, in simulation, how often a checkpoint does what it is told."""
+    from vla_policy_ros.demo.loop import LoopError
+    from vla_policy_ros.demo.processes import ChildError
     from vla_policy_ros.resources import checkpoint_path, robot_path
     from vla_policy_ros.sim.render_error import RenderError
 
-    with _sentence_instead_of_traceback(OSError, ValueError, RenderError):
+    with _sentence_instead_of_traceback(OSError, ValueError, RenderError, LoopError, ChildError):
         # Loads the simulator.
         from vla_policy_ros.evaluation.closed_loop import LoopSettings
         from vla_policy_ros.evaluation.command import run
@@ -366,13 +425,7 @@ def evaluate(
             videos=videos,
             max_videos=max_videos,
         )
-        raise typer.Exit(run(options, json_file, ros, out))
-
-
-def _run_module(module: str, arguments: list[str]) -> None:
-    """Hand the rest of the command line to a module that parses it by itself."""
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name='__main__')
+        raise typer.Exit(run(options, json_file, ros, logs))
 
 
 def main() -> None:

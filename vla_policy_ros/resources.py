@@ -46,15 +46,16 @@ def robot_path(name: str | Path) -> Path:
     Raises:
         ResourceError: neither; the message lists the shipped names.
     """
-    path = Path(name)
-    if path.is_file():
-        return path.absolute()
-    folder = share_path('config/robots')
-    shipped = folder / f'{name}.yaml'
-    if len(path.parts) == 1 and shipped.is_file():
-        return shipped
-    known = ', '.join(sorted(file.stem for file in folder.glob('*.yaml')))
-    raise ResourceError(f'robot file {str(name)!r}: no such file, and no shipped robot of that name (shipped: {known})')
+    return _shipped_file(name, 'config/robots', 'robot file', 'robot')
+
+
+def training_path(name: str | Path) -> Path:
+    """Path of a training file given as a path, or as the name of a shipped one (``tabletop``).
+
+    Raises:
+        ResourceError: neither; the message lists the shipped names.
+    """
+    return _shipped_file(name, 'config/training', 'training file', 'training file')
 
 
 def checkpoint_path(name: str | Path) -> Path:
@@ -70,6 +71,18 @@ def checkpoint_path(name: str | Path) -> Path:
         return share_path(Path('checkpoints') / path)
     except (ResourceError, ValueError) as error:
         raise ResourceError(f'checkpoint {str(name)!r}: no such folder, and no shipped checkpoint of that name') from error
+
+
+def _shipped_file(name: str | Path, place: str, kind: str, noun: str) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path.absolute()
+    folder = share_path(place)
+    shipped = folder / f'{name}.yaml'
+    if len(path.parts) == 1 and shipped.is_file():
+        return shipped
+    known = ', '.join(sorted(file.stem for file in folder.glob('*.yaml')))
+    raise ResourceError(f'{kind} {str(name)!r}: no such file, and no shipped {noun} of that name (shipped: {known})')
 
 
 def _share_folders() -> list[Path]:

@@ -4,37 +4,77 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 pytest.importorskip('mujoco')
 
+from squares import settings, tabletop_robot
+from typer.testing import CliRunner
+
+from vla_policy_ros.cli import app
 from vla_policy_ros.policy import Policy
-from vla_policy_ros.robot import load_robot
-from vla_policy_ros.training.__main__ import main
 
-ROOT = Path(__file__).resolve().parents[2]
-ROBOT = ROOT / 'config' / 'robots' / 'tabletop.yaml'
+DATA = {'source': 'tabletop', 'examples': 12, 'validation_examples': 6}
 
 
-def train(monkeypatch: pytest.MonkeyPatch, run: Path, out: Path, *more: str) -> None:
-    sizes = ['--preset', 'tiny', '--examples', '12', '--validation-examples', '6', '--scenes-per-step', '2']
-    places = ['--robot', str(ROBOT), '--run', str(run), '--out', str(out), '--data', str(run.parent / 'examples')]
-    monkeypatch.setattr('sys.argv', ['training', *places, *sizes, *more])
-    main()
+def train(folder: Path, *changes: str, **sections: Any) -> tuple[int, str]:
+    """Exit code and output of the command with a small training file."""
+    made = settings(folder, **sections)
+    made['data'] = {**DATA, 'folder': str(folder / 'examples')}
+    file = folder / 'training.yaml'
+    file.write_text(yaml.safe_dump(made))
+    arguments = [argument for change in changes for argument in ('--set', change)]
+    result = CliRunner().invoke(app, ['train', str(file), *arguments], env={'COLUMNS': '200'})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
 
 
-def test_command_trains_continues_and_starts_from_a_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    robot = load_robot(ROBOT)
-    train(monkeypatch, tmp_path / 'run', tmp_path / 'out', '--steps', '3')
-    first = Policy.load(tmp_path / 'out', robot)
-    capsys.readouterr()
-    train(monkeypatch, tmp_path / 'run', tmp_path / 'out', '--steps', '5')
-    started = [json.loads(line) for line in capsys.readouterr().out.splitlines() if '"start"' in line]
-    assert started[0]['step'] == 3, 'the second call goes on where the first one ended'
-    second = Policy.load(tmp_path / 'out', robot)
+def test_command_trains_continues_and_starts_from_a_checkpoint(tmp_path: Path) -> None:
+    robot, out = tabletop_robot(), tmp_path / 'out'
+    few = 'optimisation.scenes_per_step=2'
+    assert train(tmp_path, few, 'optimisation.steps=3')[0] == 0
+    first = Policy.load(out, robot)
+    code, text = train(tmp_path, few, 'optimisation.steps=5')
+    assert code == 0 and 'start  step 3' in text, 'the second call goes on where the first one ended'
+    second = Policy.load(out, robot)
     assert second.stats_hash == first.stats_hash and second.checkpoint_hash != first.checkpoint_hash
-    train(monkeypatch, tmp_path / 'other', tmp_path / 'tuned', '--steps', '1', '--start-from', str(tmp_path / 'out'))
+    record = json.loads((out / 'training.json').read_text())
+    assert record['step'] == 5 and record['config']['optimisation']['steps'] == 5
+    assert record['validation']['ratio'] > 0 and record['baselines']['zero_velocity'] > 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['examples', 'out', 'run', 'training.yaml'], 'nothing is left over'
+
+    more = ('preset=null', f'start_from={out}', 'keep_statistics=true', f'run={tmp_path / "r"}', f'out={tmp_path / "tuned"}')
+    assert train(tmp_path, few, 'optimisation.steps=1', *more)[0] == 0
     assert Policy.load(tmp_path / 'tuned', robot).stats_hash == first.stats_hash
+
+
+def test_a_folder_that_the_run_has_not_written_is_left_alone(tmp_path: Path) -> None:
+    out = tmp_path / 'out'
+    out.mkdir()
+    (out / 'precious.txt').write_text('x')
+    code, text = train(tmp_path)
+    assert code == 2 and 'out is not empty and was not written by this run; give a new folder' in text
+    assert [path.name for path in out.iterdir()] == ['precious.txt'] and not (tmp_path / 'examples').exists()
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ('preset=llava3d-7b', 'starts from public weights: build its base checkpoint with `vla-policy convert`'),
+        ('preset=tinny', "preset 'tinny' is unknown; choose one of tiny, tabletop"),
+        ('robot=no_such', "robot file 'no_such': no such file"),
+        ('network={expert_config: {num_layer: 1}}', "expert_config has no field 'num_layer'"),
+        ('optimisation.steps', "change 'optimisation.steps' is not of the form key=value"),
+        ('optimisation.steps.x=3', "change 'optimisation.steps.x=3': 'steps' is a value, not a section"),
+        ('optimisation.learning_rate=-1', 'optimisation.learning_rate: Input should be greater than 0 (got -1)'),
+        ('start_from=nowhere', "checkpoint 'nowhere': no such folder, and no shipped checkpoint of that name"),
+    ],
+)
+def test_a_training_file_that_cannot_work_is_refused_in_one_sentence(tmp_path: Path, change: str, message: str) -> None:
+    code, text = train(tmp_path, change)
+    assert code == 2 and message in text, text
+    assert not (tmp_path / 'out').exists()

@@ -1,179 +1,195 @@
-"""Training: examples as tensors, baselines, the auxiliary loss, and a loop that learns and resumes."""
+"""The loop: it learns, it measures, and it resumes as if it had not stopped."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from squares import config, example_set, tabletop_robot
 
-from vla_policy_ros.model.configuration import ActionExpertConfig
 from vla_policy_ros.policy.checkpoint import new_model, new_processor
-from vla_policy_ros.robot import Robot, load_robot
-from vla_policy_ros.training.baselines import unconditional_loss, zero_velocity_loss
+from vla_policy_ros.robot import Robot
+from vla_policy_ros.training.config import Optimisation
 from vla_policy_ros.training.dataset import ExampleSet
-from vla_policy_ros.training.grounding import GroundingHead
-from vla_policy_ros.training.trainer import Trainer, TrainingOptions, fit_statistics, learning_rate
-from vla_policy_ros.types import CameraView, Observation
-
-K = np.array([[70.0, 0.0, 39.5], [0.0, 70.0, 29.5], [0.0, 0.0, 1.0]])
-WORDS = ('red', 'blue')
-
-
-@dataclass
-class Sample:
-    """A scene of two coloured squares; the arm should move by where the named one is."""
-
-    observation: Observation
-    actions: np.ndarray
-    target_pixels: dict[str, tuple[float, float] | None]
-    scene_id: int
-
-
-def samples(scenes: int, seed: int = 0) -> list[Sample]:
-    rng = np.random.default_rng(seed)
-    made = []
-    for scene in range(scenes):
-        image = np.full((60, 80, 3), 90, dtype=np.uint8)
-        centres = {'red': (int(rng.integers(8, 36)), int(rng.integers(8, 52))), 'blue': (int(rng.integers(46, 72)), 30)}
-        for word, (u, v) in centres.items():
-            image[v - 6 : v + 7, u - 6 : u + 7] = (220, 30, 30) if word == 'red' else (30, 30, 220)
-        views = {name: CameraView(image, K, 0) for name in ('scene', 'wrist')}
-        state = rng.normal(size=7) * 0.1
-        for word in WORDS:
-            u, v = centres[word]
-            goal = np.array([u / 40 - 1, v / 30 - 1, 0, 0, 0, 0, 0.3])
-            actions = state + (goal - state) * np.linspace(0.1, 1.0, 16)[:, None]
-            made.append(Sample(Observation(0, views, state, 0, f'go to the {word} one'), actions, {'scene': (u, v)}, scene))
-    return made
+from vla_policy_ros.training.scenes import Draw, ExampleScenes, StepPlan
+from vla_policy_ros.training.state import StateError
+from vla_policy_ros.training.trainer import Trainer, fit_statistics, learning_rate
 
 
 @pytest.fixture(scope='module')
 def robot() -> Robot:
-    return load_robot(Path(__file__).resolve().parents[2] / 'config' / 'robots' / 'tabletop.yaml')
-
-
-def make_trainer(robot: Robot, data: ExampleSet, folder: Path, **options: object) -> Trainer:
-    model = new_model(robot, 'tiny')
-    processor = new_processor(robot, 'tiny', model.config)
-    processor = new_processor(robot, 'tiny', model.config, fit_statistics(data, processor))
-    return Trainer(model, processor, data, TrainingOptions(**options), folder, data)  # type: ignore[arg-type]
+    return tabletop_robot()
 
 
 @pytest.fixture(scope='module')
-def data(robot: Robot) -> ExampleSet:
-    model = new_model(robot, 'tiny')
-    return ExampleSet.build(samples(24), new_processor(robot, 'tiny', model.config))
+def data() -> ExampleSet:
+    return example_set(24)
 
 
-def test_examples_of_a_scene_share_their_pixels(data: ExampleSet) -> None:
-    assert len(data) == 48 and len(data.pixel_values) == 24
-    assert data.scene.tolist() == [index // 2 for index in range(48)]
-    first = samples(1)[0].target_pixels['scene']
-    expected = [(first[0] + 0.5) * 56 / 80 - 0.5, (first[1] + 0.5) * 56 / 60 - 0.5]
-    np.testing.assert_allclose(data.target_pixels[0, 0].numpy(), expected, rtol=1e-6)
-    assert torch.isnan(data.target_pixels[:, 1]).all(), 'the wrist camera has no target'
-    assert data.intrinsic_mask.all() and data.image_masks.all()
+def make_trainer(robot: Robot, data: ExampleSet, folder: Path, **sections: Any) -> Trainer:
+    scenes, options = ExampleScenes(data), config(folder, **sections)
+    model = new_model(robot, 'tiny', changes=options.network)
+    processor = new_processor(robot, 'tiny', model.config)
+    processor = new_processor(robot, 'tiny', model.config, fit_statistics(scenes, processor))
+    return Trainer(model, processor, scenes, options, folder, scenes)
 
 
-def test_examples_survive_a_file_and_joining(data: ExampleSet, tmp_path: Path) -> None:
-    data.save(tmp_path / 'x.safetensors')
-    again = ExampleSet.load(tmp_path / 'x.safetensors')
-    both = ExampleSet.join([again, again])
-    assert both.instructions == data.instructions * 2 and len(both) == 96
-    assert both.scene[48:].tolist() == (data.scene + 24).tolist()
-    assert torch.equal(both.pixel_values[24:], data.pixel_values) and torch.equal(both.actions[:48], data.actions)
-    with pytest.raises(ValueError, match='no examples'):
-        ExampleSet.build([], None)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(('sampling', 'expected'), [('beta', 0.8333), ('uniform', np.pi * np.sqrt(0.35) / 2)])
-def test_unconditional_baseline_of_independent_elements_is_the_closed_form(sampling: str, expected: float) -> None:
-    config = ActionExpertConfig(time_sampling=sampling)
-    actions = np.random.default_rng(0).normal(size=(20_000, 2, 2)) * np.sqrt(0.35)
-    assert unconditional_loss(actions, config) == pytest.approx(expected, rel=0.01)
-    assert zero_velocity_loss(actions) == pytest.approx(1.35, rel=0.01)
-
-
-def test_correlated_chunks_are_easier_without_looking() -> None:
-    config = ActionExpertConfig()
-    independent = np.random.default_rng(0).normal(size=(5000, 8, 1))
-    repeated = np.repeat(independent[:, :1], 8, axis=1)
-    assert unconditional_loss(repeated, config) < 0.5 * unconditional_loss(independent, config)
-
-
-def test_grounding_finds_the_patch_that_holds_the_pixel() -> None:
-    head = GroundingHead(width=8, patch_size=14, grid=4)
-    tokens = torch.zeros(3, 1, 16, 8)
-    pixels = torch.tensor([[[14.0, 28.0]], [[float('nan'), 3.0]], [[55.4, 0.0]]])
-    for row, cell in ((0, 2 * 4 + 1), (2, 3)):
-        tokens[row, 0, cell] = torch.tensor([5.0, -5.0] * 4)
-    with torch.no_grad():
-        head.logit.weight.copy_(torch.tensor([[9.0, -9.0] * 4]))
-        head.offset.weight.zero_()
-        head.offset.bias.zero_()
-    loss = head(tokens, pixels)
-    assert float(loss.accuracy) == 1.0 and float(loss.patch.detach()) < 1e-6
-    offsets = [((14.5 / 14) % 1 - 0.5, (28.5 / 14) % 1 - 0.5), ((55.9 / 14) % 1 - 0.5, 0.5 / 14 - 0.5)]
-    assert float(loss.offset.detach()) == pytest.approx(np.mean(np.square(offsets)), abs=1e-5)
-    nowhere = head(tokens, torch.full((3, 1, 2), float('nan')))
-    assert float(nowhere.total.detach()) == 0.0
+def rows(folder: Path, event: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+    return [line for line in lines if line['event'] == event]
 
 
 def test_learning_rate_rises_then_falls() -> None:
-    options = TrainingOptions(steps=1000, warmup_steps=100, learning_rate=1.0, final_fraction=0.1)
-    rates = [learning_rate(step, options) for step in (0, 49, 99, 100, 550, 1000)]
+    options = Optimisation(steps=1000, warmup_steps=100, final_fraction=0.1)
+    rates = [learning_rate(step, 1.0, options) for step in (0, 49, 99, 100, 550, 1000)]
     np.testing.assert_allclose(rates, [0.01, 0.5, 1.0, 1.0, 0.55, 0.1], atol=1e-9)
 
 
-def test_an_interrupted_run_continues_as_if_it_had_not_stopped(robot: Robot, data: ExampleSet, tmp_path: Path) -> None:
-    options = {'steps': 6, 'scenes_per_step': 4, 'repeats': 2, 'save_every': 3, 'validate_every': 100, 'log_every': 3}
-    whole = make_trainer(robot, data, tmp_path / 'whole', **options)
-    whole.run()
-    first = make_trainer(robot, data, tmp_path / 'parts', **options)
-
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        first.run(on_save=interrupt)
-    assert first.step == 3
-    second = make_trainer(robot, data, tmp_path / 'parts', **options)
-    assert second.resume() and second.step == 3
-    second.run()
-    mine, theirs = second.model.state_dict(), whole.model.state_dict()
-    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-    with whole.averaged_weights(), second.averaged_weights():
-        mine, theirs = second.model.state_dict(), whole.model.state_dict()
-        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-    assert not make_trainer(robot, data, tmp_path / 'new', **options).resume()
+def test_every_scene_comes_once_per_pass_whatever_the_number_of_processes() -> None:
+    plan = StepPlan(scenes=10, per_step=4, seed=3)
+    taken = [draw for step in range(5) for draw in plan.step(step)]
+    assert sorted(draw.scene for draw in taken[:10]) == list(range(10)) == sorted(draw.scene for draw in taken[10:])
+    assert [draw.scene for draw in taken[:10]] != [draw.scene for draw in taken[10:]], 'each pass has an order of its own'
+    assert len({draw.seed for draw in taken}) == 20, 'and draws of its own'
+    shared = [list(plan.parts(0, 5, part, 2, 2)) for part in range(2)]
+    assert [len(batches) for batches in shared] == [10, 10]
+    for step in range(5):
+        mine = [draw for part in shared for batch in part[2 * step : 2 * step + 2] for draw in batch]
+        assert sorted(mine) == sorted(plan.step(step))
+    later = list(plan.parts(3, 5, 1, 2, 2))
+    assert later == shared[1][6:], 'a continued run takes what the whole one would'
 
 
-def test_the_loop_learns_and_saves_the_average(robot: Robot, data: ExampleSet, tmp_path: Path) -> None:
+def test_examples_of_a_scene_come_together(data: ExampleSet) -> None:
+    scene = ExampleScenes(data)[Draw(5, 1)]
+    assert scene.instructions == ['go to the red one', 'go to the blue one']
+    assert torch.equal(scene.shared['pixel_values'], data.pixel_values[5]) and torch.equal(scene.own['state'], data.state[10:12])
+
+
+def test_the_loop_learns_measures_and_saves_the_average(robot: Robot, data: ExampleSet, tmp_path: Path) -> None:
     trainer = make_trainer(
         robot,
         data,
         tmp_path,
-        steps=80,
-        scenes_per_step=8,
-        warmup_steps=10,
-        learning_rate=3e-3,
-        ema=0.9,
-        log_every=20,
-        validate_every=1000,
-        save_every=1000,
-        bfloat16=False,
+        optimisation={'steps': 80, 'scenes_per_step': 8, 'repeats': 4, 'warmup_steps': 10, 'learning_rate': 3e-3, 'ema': 0.9},
+        logging={'log_every': 20, 'validate_every': 1000, 'state_every': 1000, 'tensorboard': True},
+        precision='float32',
     )
     saved: list[torch.Tensor] = []
-    trainer.run(on_save=lambda: saved.append(trainer.model.action_expert.action_out_proj.weight.detach().clone()))
-    rows = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
-    assert rows[0]['baselines'] == trainer.baselines
-    train = [row for row in rows if row['event'] == 'train']
-    assert train[-1]['flow'] < 0.7 * trainer.baselines['zero_velocity'] < train[0]['flow']
-    assert train[-1]['grounding'] < 1.0, 'chance over 16 patches is 2.77'
-    validation = next(row for row in rows if row['event'] == 'validation')
-    assert validation['flow'] < 0.7 * trainer.baselines['zero_velocity']
+    trainer.run(on_checkpoint=lambda _: saved.append(trainer.model.action_expert.action_out_proj.weight.detach().clone()))
+    assert rows(tmp_path, 'start')[0]['baselines'] == trainer.baselines
+    train, zero = rows(tmp_path, 'train'), trainer.baselines['zero_velocity']
+    assert train[-1]['flow'] < 0.7 * zero < train[0]['flow']
+    assert train[-1]['grounding_patch'] < 1.0, 'chance over 16 patches is 2.77'
+    assert train[-1]['ratio'] == pytest.approx(train[-1]['flow'] / zero)
+    assert np.mean(train[-1]['loss_per_dim']) == pytest.approx(train[-1]['flow'], rel=1e-5)
+    assert len(train[-1]['cosine']) == 4 and np.mean(train[-1]['cosine']) > 0.6 > np.mean(train[0]['cosine'])
+    assert train[-1]['lr'] == pytest.approx(learning_rate(79, 3e-3, trainer.options)) and train[-1]['samples_per_s'] > 0
+    validation = rows(tmp_path, 'validation')[0]
+    assert validation['flow'] < 0.7 * zero and validation['action_error'] < 0.2
     assert len(saved) == 1 and not torch.equal(saved[0], trainer.model.action_expert.action_out_proj.weight), 'the average is saved'
+    assert list((tmp_path / 'tensorboard').glob('events*'))
+
+
+def test_accumulated_parts_of_a_step_are_the_whole_step(robot: Robot, data: ExampleSet, tmp_path: Path) -> None:
+    losses = []
+    for parts in (1, 2, 4):
+        folder = tmp_path / str(parts)
+        sections = {'optimisation': {'steps': 3, 'gradient_accumulation': parts}, 'logging': {'log_every': 1}}
+        make_trainer(robot, data, folder, precision='float32', **sections).run()
+        losses.append([(row['flow'], row['grad_norm']) for row in rows(folder, 'train')])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=1e-5)
+
+
+def test_an_interrupted_run_continues_as_if_it_had_not_stopped(robot: Robot, data: ExampleSet, tmp_path: Path) -> None:
+    logging = {'checkpoint_every': 3}
+    whole = make_trainer(robot, data, tmp_path / 'whole', logging=logging)
+    whole.run()
+    first = make_trainer(robot, data, tmp_path / 'parts', logging=logging)
+
+    def interrupt(_: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        first.run(on_checkpoint=interrupt)
+    assert first.step == 3
+    second = make_trainer(robot, data, tmp_path / 'parts', logging=logging)
+    assert second.resume() and second.step == 3
+    second.run()
+    mine, theirs = second._tensors(), whole._tensors()
+    assert len(mine) == 5 * len(second.parameters) and all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    with whole.averaged_weights(), second.averaged_weights():
+        mine, theirs = second.model.state_dict(), whole.model.state_dict()
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert not make_trainer(robot, data, tmp_path / 'new').resume()
+
+
+@pytest.mark.parametrize(
+    ('sections', 'message'),
+    [
+        ({'optimisation': {'learning_rate': 2e-3}}, r'optimisation.learning_rate is 0.002; the run in .* has 0.001'),
+        ({'losses': {'grounding': 0.5}}, r'losses.grounding is 0.5'),
+        ({'seed': 1}, r'seed is 1'),
+        ({'optimisation': {'steps': 2}}, r'has 3 steps behind it, optimisation.steps is 2'),
+    ],
+)
+def test_a_run_is_not_continued_with_another_recipe(
+    robot: Robot, data: ExampleSet, tmp_path: Path, sections: dict[str, Any], message: str
+) -> None:
+    trainer = make_trainer(robot, data, tmp_path, optimisation={'steps': 3})
+    trainer.run()
+    with pytest.raises(StateError, match=message):
+        make_trainer(robot, data, tmp_path, **sections).resume()
+    longer = make_trainer(robot, data, tmp_path, optimisation={'steps': 9}, logging={'log_every': 1}, threads=2)
+    assert longer.resume(), 'how long and how often may change'
+
+
+def test_a_run_is_not_continued_on_other_data(robot: Robot, data: ExampleSet, tmp_path: Path) -> None:
+    make_trainer(robot, data, tmp_path, optimisation={'steps': 3}).run()
+    with pytest.raises(StateError, match='the examples is'):
+        make_trainer(robot, example_set(24, seed=1), tmp_path).resume()
+
+
+@pytest.mark.parametrize('damage', ['short', 'flipped', 'missing', 'manifest'])
+def test_a_damaged_state_is_named_and_the_one_before_it_is_whole(
+    robot: Robot, data: ExampleSet, tmp_path: Path, damage: str
+) -> None:
+    make_trainer(robot, data, tmp_path).run()
+    states = sorted((tmp_path / 'state').iterdir())
+    assert [state.name for state in states] == ['step_00000003', 'step_00000006']
+    file = states[1] / 'part_000.safetensors'
+    content = bytearray(file.read_bytes())
+    if damage == 'short':
+        file.write_bytes(content[:-100])
+    elif damage == 'flipped':
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif damage == 'missing':
+        file.unlink()
+    else:
+        (states[1] / 'state.json').write_text('{"format": 1, "st')
+    with pytest.raises(StateError, match=r'step_00000006 is damaged .* delete that folder to go on from step_00000003'):
+        make_trainer(robot, data, tmp_path).resume()
+    for part in states[1].iterdir():
+        part.unlink()
+    states[1].rmdir()
+    again = make_trainer(robot, data, tmp_path)
+    assert again.resume() and again.step == 3
+
+
+def test_a_step_that_diverges_is_named(robot: Robot, data: ExampleSet, tmp_path: Path) -> None:
+    trainer = make_trainer(robot, data, tmp_path)
+    with torch.no_grad():
+        trainer.model.action_expert.action_out_proj.bias.fill_(float('nan'))
+    with pytest.raises(FloatingPointError, match=r'step 0: gradient norm nan.*lower the learning rate'):
+        trainer.run()
+
+
+def test_scenes_that_cannot_be_shared_out_are_refused(robot: Robot, data: ExampleSet, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='scenes_per_step 4 is not a multiple of gradient_accumulation 3'):
+        make_trainer(robot, data, tmp_path, optimisation={'gradient_accumulation': 3})

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
@@ -207,13 +208,21 @@ def robot_config(robot: Robot, sizes: Mapping[str, Any], tokenizer: PreTrainedTo
     )
 
 
-def new_model(robot: Robot, preset: str, seed: int = 0) -> MapAnythingLlava3DForConditionalGeneration:
+def new_model(
+    robot: Robot, preset: str, seed: int = 0, changes: Mapping[str, Any] | None = None
+) -> MapAnythingLlava3DForConditionalGeneration:
     """A model of a preset that is trained from nothing, with fresh weights that depend on ``seed`` only.
 
+    Args:
+        robot: gives action, state and camera sizes.
+        preset: network sizes by name.
+        seed: of the weights.
+        changes: to single sizes, such as ``{'expert_config': {'num_layers': 2}}``.
+
     Raises:
-        ValueError: the preset is unknown, or is one that starts from public weights.
+        ValueError: the preset is unknown, is one that starts from public weights, or a change cannot work.
     """
-    sizes = preset_sizes(preset)
+    sizes = preset_sizes(preset, changes)
     if preset not in FROM_NOTHING:
         raise ValueError(f'preset {preset!r} starts from public weights; make its checkpoint with new or convert, and load that')
     with torch.random.fork_rng(devices=[]):
@@ -243,12 +252,16 @@ def save_checkpoint(
     model: MapAnythingLlava3DForConditionalGeneration,
     processor: MapAnythingLlava3DProcessor,
     signature: RobotSignature,
+    weights: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Write a checkpoint folder and return its path."""
+    """Write a checkpoint folder and return its path.
+
+    ``weights`` are written in place of the model's own, which may then be on the meta device.
+    """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     with _without_progress_bars():
-        model.save_pretrained(str(path))
+        model.save_pretrained(str(path), state_dict=weights)
     save_translation(path, processor, signature)
     return path
 

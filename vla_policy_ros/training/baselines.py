@@ -10,9 +10,10 @@ from vla_policy_ros.model.configuration import ActionExpertConfig
 QUADRATURE_POINTS = 4001
 
 
-def zero_velocity_loss(actions: NDArray[np.float64]) -> float:
-    """Flow loss of a network that always answers 0: ``1 + E[a^2]`` for normalised actions ``[N, T, A]``."""
-    return 1.0 + float(np.mean(np.square(actions)))
+def zero_velocity_loss(actions: NDArray[np.float64], action_is_pad: NDArray[np.bool_] | None = None) -> float:
+    """Flow loss of a network that always answers 0: ``1 + E[a^2]`` for normalised actions ``[N, T, A]``, over those that count."""
+    counted = actions if action_is_pad is None else actions[~action_is_pad]
+    return 1.0 + float(np.mean(np.square(counted)))
 
 
 def unconditional_loss(actions: NDArray[np.float64], config: ActionExpertConfig) -> float:

@@ -27,10 +27,10 @@ class PerceptionHead(nn.Module):
         width: D.
         patch_size: side of a patch, pixels.
         grid: patches along one side of an image.
-        colours, shapes: how many words of each there are.
+        colours, shapes: largest number of words of each.
     """
 
-    def __init__(self, width: int, patch_size: int, grid: int, colours: int, shapes: int) -> None:
+    def __init__(self, width: int, patch_size: int, grid: int, colours: int = 8, shapes: int = 8) -> None:
         super().__init__()
         self.patch_size, self.grid = patch_size, grid
         self.norm = nn.LayerNorm(width)

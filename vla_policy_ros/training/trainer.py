@@ -1,321 +1,342 @@
-"""The training loop: flow loss plus grounding loss, AdamW with a cosine schedule, a moving average of the weights, resume.
+"""The training loop: gradient steps, a moving average of the weights, measurements, and a state to resume from.
 
 One step takes a few scenes and all their examples: the towers see each picture once, the language model sees each sentence once,
 and the expert sees several (noise, time) draws per prefix. Everything random follows from the seed and the step number, so that an
-interrupted run continues as if it had not been interrupted.
+interrupted run continues as if it had not been interrupted, and several processes take the steps that one would take.
+
+Enters: a model, its processor, scenes, a training configuration. Leaves: trained weights, a log, states. The thread that trains.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from vla_policy_ros.model.modeling import MapAnythingLlava3DForConditionalGeneration
 from vla_policy_ros.model.processing import MapAnythingLlava3DProcessor
 from vla_policy_ros.model.statistics import Normalizer, Statistics
 from vla_policy_ros.training.baselines import unconditional_loss, zero_velocity_loss
-from vla_policy_ros.training.dataset import ExampleSet
-from vla_policy_ros.training.grounding import GroundingHead, GroundingLoss
+from vla_policy_ros.training.config import Optimisation, TrainingConfig
+from vla_policy_ros.training.ema import MovingAverage
+from vla_policy_ros.training.objective import Objective, with_draws
+from vla_policy_ros.training.parallel import Parallel
+from vla_policy_ros.training.parameters import choose_trainable, optimizer_groups, trained
+from vla_policy_ros.training.progress import ProgressLog
+from vla_policy_ros.training.scenes import Collator, Draw, SceneDataset, StepPlan, derived_seed
+from vla_policy_ros.training.state import StateError, load_tensors, newest_state, save_state
 
-STATE_FILE = 'trainer_state.pt'
-LOG_FILE = 'log.jsonl'
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How to train.
-
-    Attributes:
-        steps: optimiser steps of the whole run; the schedule stretches over them.
-        scenes_per_step: scenes per step; a scene brings all its examples.
-        repeats: (noise, time) draws per prefix.
-        learning_rate, final_fraction, warmup_steps: cosine from the first to the product of the first two, after a linear start.
-        weight_decay, betas, clip_norm: AdamW and gradient clipping.
-        grounding_weight: factor of the grounding loss.
-        ema: decay of the moving average that becomes the checkpoint.
-        bfloat16: compute matrix products in bfloat16 (weights stay float32).
-        log_every, validate_every, save_every: steps.
-        seed: of every random draw.
-    """
-
-    steps: int = 3000
-    scenes_per_step: int = 8
-    repeats: int = 4
-    learning_rate: float = 1e-3
-    final_fraction: float = 0.02
-    warmup_steps: int = 100
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip_norm: float = 1.0
-    grounding_weight: float = 0.2
-    ema: float = 0.995
-    bfloat16: bool = True
-    log_every: int = 50
-    validate_every: int = 500
-    save_every: int = 250
-    seed: int = 0
+VALIDATION_SCENES = 8
+VALIDATION_EXAMPLES = 240
 
 
-def fit_statistics(data: ExampleSet, processor: MapAnythingLlava3DProcessor, mode: str = 'zscore') -> Statistics:
+def fit_statistics(scenes: SceneDataset, processor: MapAnythingLlava3DProcessor, mode: str = 'zscore') -> Statistics:
     """Normalisers of the state ``[S]`` and of the (possibly relative) actions per step and joint ``[T, A]``."""
-    state = data.state.numpy()
-    actions = processor.relative_actions(data.actions.numpy(), state)
-    return Statistics(Normalizer.fit(mode, state), Normalizer.fit(mode, actions))
-
-
-@dataclass
-class _Batch:
-    inputs: dict[str, Tensor]
-    actions: Tensor
-    target_pixels: Tensor
+    data = scenes.trajectories()
+    actions = processor.relative_actions(data.actions, data.state)
+    return Statistics(Normalizer.fit(mode, data.state), Normalizer.fit(mode, actions))
 
 
 class Trainer:
-    """Trains one model on one example set.
+    """Trains one model on one dataset.
 
     Args:
         model: the network; trained in place.
-        processor: its processor, whose statistics were fitted to ``data``.
-        data: training examples.
-        options: how to train.
-        run_folder: where the log and the resumable state go.
-        validation: held-out examples, or None.
+        processor: its processor, whose statistics were fitted to ``scenes`` or come with the weights.
+        scenes: training scenes.
+        config: how to train; folders and data of it are not read.
+        run_folder: where the log and the states go.
+        validation: held-out scenes, or None.
+        start: what identifies the weights that the model came with, where they are not fresh.
+        parallel: the processes, where they are set up already.
+
+    Raises:
+        ValueError: the scenes of a step cannot be shared by the processes, or a loss has no labels.
     """
 
     def __init__(
         self,
         model: MapAnythingLlava3DForConditionalGeneration,
         processor: MapAnythingLlava3DProcessor,
-        data: ExampleSet,
-        options: TrainingOptions,
+        scenes: SceneDataset,
+        config: TrainingConfig,
         run_folder: Path,
-        validation: ExampleSet | None = None,
+        validation: SceneDataset | None = None,
+        start: str = '',
+        parallel: Parallel | None = None,
     ) -> None:
-        self.model, self.processor, self.data, self.options = model, processor, data, options
-        self.validation = validation
-        self.folder = run_folder
+        self.model, self.processor, self.scenes, self.validation = model, processor, scenes, validation
+        self.config, self.options, self.folder = config, config.optimisation, run_folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Plain matrix products: the fused kernel's backward pass is several times slower on a CPU.
-        self.model.vision_tower.set_attn_implementation('eager')
-        config = model.config
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed)
-            self.head = GroundingHead(config.hidden_size, config.vision_config.patch_size, config.image_grid)
-        self._parameters = [*model.parameters(), *self.head.parameters()]
-        self._average = [parameter.detach().clone() for parameter in self._parameters]
-        decay = [parameter for parameter in self._parameters if parameter.dim() > 1]
-        plain = [parameter for parameter in self._parameters if parameter.dim() <= 1]
-        self._optimizer = torch.optim.AdamW(
-            [{'params': decay, 'weight_decay': options.weight_decay}, {'params': plain, 'weight_decay': 0.0}],
-            lr=options.learning_rate,
-            betas=options.betas,
-            fused=True,
+        if model.action_expert is None:
+            raise ValueError('this network has no action expert (use_action_expert is False); only actions can be trained here')
+        self._expert = model.action_expert
+        self.parallel = parallel or Parallel(config)
+        options = self.options
+        share = self.parallel.world * options.gradient_accumulation
+        if options.scenes_per_step % share:
+            raise ValueError(
+                f'optimisation.scenes_per_step is {options.scenes_per_step}; it must be a multiple of {share} '
+                f'({self.parallel.world} processes, gradient_accumulation {options.gradient_accumulation})'
+            )
+        self.plan = StepPlan(len(scenes), options.scenes_per_step, config.seed)
+        self.collate = Collator(processor)
+        self.objective = Objective(model, config.losses.model_dump(), options.repeats, config.seed)
+        self.objective.check_labels(self.collate([scenes[Draw(0, 0)]]))
+        choose_trainable(self.objective, config)
+        if self.parallel.device.type == 'cpu':
+            # Plain matrix products: the fused kernel's backward pass is several times slower on a CPU.
+            model.vision_tower.set_attn_implementation('eager')
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
+        self.parallel.wrap(self.objective)
+        self.parameters = trained(self.objective)
+        self.average = MovingAverage(list(self.parameters.values()), options.ema)
+        self.optimizer = torch.optim.AdamW(
+            optimizer_groups(self.parameters, options), lr=options.learning_rate, betas=options.betas, fused=True
         )
-        self._actions = processor.normalize_actions(data.actions.numpy(), data.state.numpy())
-        self._of_scene = _examples_of_scenes(data)
         self.step = 0
-        flat = self._actions.double().numpy()
+        data = scenes.trajectories()
+        actions = processor.normalize_actions(data.actions, data.state).double().numpy()
         self.baselines = {
-            'zero_velocity': zero_velocity_loss(flat),
-            'unconditional': unconditional_loss(flat, config.expert_config),
+            'zero_velocity': zero_velocity_loss(actions, data.action_is_pad),
+            'unconditional': unconditional_loss(actions, model.config.expert_config),
+        }
+        self.made_of = {
+            **config.identity(),
+            'the examples': scenes.digest(),
+            'the statistics': processor.statistics.digest,
+            'the network': hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode()).hexdigest(),
+            'the weights of start_from': start,
         }
 
-    def run(self, on_save: Callable[[], None] | None = None) -> None:
-        """Train until ``options.steps``; write log, resumable state, and call ``on_save`` with the averaged weights in place."""
-        options = self.options
-        self._log(
-            {
-                'event': 'start',
-                'step': self.step,
-                'baselines': self.baselines,
-                'options': asdict(options),
-                'examples': len(self.data),
-            }
-        )
-        began, spent = time.perf_counter(), time.process_time()
-        window: list[dict[str, float]] = []
-        self.model.train()
-        while self.step < options.steps:
-            window.append(self._train_step())
-            self.step += 1
-            if self.step % options.log_every == 0 or self.step == options.steps:
-                mean = {name: float(np.mean([row[name] for row in window])) for name in window[0]}
-                self._log(
-                    {
-                        'event': 'train',
-                        'step': self.step,
-                        **mean,
-                        'cpu_s': time.process_time() - spent,
-                        'wall_s': time.perf_counter() - began,
-                    }
-                )
-                window = []
-            last = self.step == options.steps
-            if self.validation is not None and (self.step % options.validate_every == 0 or last):
-                with self.averaged_weights():
-                    self._log({'event': 'validation', 'step': self.step, **self.validate(self.validation)})
-            if self.step % options.save_every == 0 or last:
-                self.save_state()
-                if on_save is not None:
-                    with self.averaged_weights():
-                        on_save()
-        self.model.eval()
+    def run(self, on_checkpoint: Callable[[dict[str, Any]], None] | None = None) -> None:
+        """Train until ``optimisation.steps``.
 
-    def averaged_weights(self) -> _SwappedWeights:
-        """Context in which the model holds the moving average of its weights."""
-        return _SwappedWeights(self._parameters, self._average, self.model)
+        ``on_checkpoint`` is called with the newest validation, and the averaged weights in place, by every process.
+        """
+        steps, logging = self.options.steps, self.config.logging
+        with ProgressLog(self.folder, self.step, steps, tensorboard=logging.tensorboard, active=self.parallel.main) as log:
+            log.row('start', self.step, {'baselines': self.baselines, 'scenes': len(self.scenes), **self._sizes()})
+            window = _Window()
+            newest: dict[str, Any] = {}
+            self.objective.train()
+            batches = self._batches()
+            while self.step < steps:
+                window.add(*self._train_step(batches))
+                self.step += 1
+                last = self.step == steps
+                log.step(self.step)
+                if self.step % logging.log_every == 0 or last:
+                    log.row('train', self.step, self._summary(window.means(self.parallel), self.baselines['zero_velocity']))
+                    window = _Window()
+                if self.validation is not None and (self.step % logging.validate_every == 0 or last):
+                    with self.averaged_weights():
+                        newest = self.validate(self.validation)
+                    log.row('validation', self.step, newest)
+                if self.step % logging.state_every == 0 or last:
+                    self.save_state()
+                due = logging.checkpoint_every is not None and self.step % logging.checkpoint_every == 0
+                if on_checkpoint is not None and (due or last):
+                    with self.averaged_weights():
+                        on_checkpoint({'step': self.step, 'validation': newest})
+            self.objective.eval()
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The model evaluates with the moving average of its weights inside."""
+        self.objective.eval()
+        with self.average.in_place():
+            yield
+        self.objective.train()
 
     @torch.no_grad()
-    def validate(self, data: ExampleSet, limit: int = 240) -> dict[str, float]:
-        """Flow and grounding loss on held-out examples with fixed draws, and the mean error of sampled chunks in robot units."""
-        generator = torch.Generator().manual_seed(self.options.seed)
-        of_scene, totals, seen = _examples_of_scenes(data), [], 0
-        actions = self.processor.normalize_actions(data.actions.numpy(), data.state.numpy())
-        for first in range(0, len(of_scene), 8):
-            scenes = torch.arange(first, min(first + 8, len(of_scene)))
-            batch = self._batch(data, of_scene, actions, scenes)
-            loss, grounding = self._losses(batch, generator)
-            chunk = self.model.predict_action(batch.inputs, generator=generator)
-            examples = torch.cat([of_scene[int(scene)] for scene in scenes])
-            state = data.state[examples].numpy()
-            error = self.processor.unnormalize_actions(chunk, state) - data.actions[examples].numpy()
-            parts = (loss, grounding.patch, grounding.accuracy)
-            totals.append((*(float(part) for part in parts), float(np.abs(error).mean())))
-            seen += len(examples)
-            if seen >= limit:
-                break
-        names = ('flow', 'grounding', 'accuracy', 'action_error')
-        return dict(zip(names, map(float, np.mean(totals, axis=0)), strict=True))
+    def validate(self, scenes: SceneDataset) -> dict[str, Any]:
+        """What training measures, on held-out examples with fixed draws, and the mean error of sampled chunks in robot units."""
+        chosen: list[Draw] = []
+        seen = 0
+        while len(chosen) < len(scenes) and seen < VALIDATION_EXAMPLES:
+            seen += scenes.examples_in(len(chosen))
+            chosen.append(Draw(len(chosen), derived_seed(self.config.seed, 'validation', len(chosen))))
+        chunks = [chosen[first : first + VALIDATION_SCENES] for first in range(0, len(chosen), VALIDATION_SCENES)]
+        window, world = _Window(), self.parallel.world
+        for turn in range(-(-len(chunks) // world)):
+            index = turn * world + self.parallel.rank
+            # Every process makes the same number of passes; what is too much does not count.
+            draws = chunks[min(index, len(chunks) - 1)]
+            batch = with_draws(self.collate([scenes[draw] for draw in draws]), self._expert, self.options.repeats)
+            measured = self.parallel(batch)
+            measured.pop('loss')
+            if self.objective.acts:
+                measured['action_error'] = self._action_error(batch)
+            window.add(measured, len(batch['state']) if index < len(chunks) else 0)
+        data = scenes.trajectories()
+        actions = self.processor.normalize_actions(data.actions, data.state).double().numpy()
+        means = window.means(self.parallel)
+        means.pop('samples_per_s')
+        return self._summary(means, zero_velocity_loss(actions, data.action_is_pad))
+
+    def _action_error(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean absolute error of sampled chunks, robot units."""
+        chunk = self.objective.sample(self.parallel.to_device(batch)).cpu()
+        made = self.processor.unnormalize_actions(chunk, batch['robot_state'].numpy())
+        error = torch.from_numpy(np.abs(made - batch['robot_actions'].numpy()))
+        counted = ~batch['action_is_pad'] if 'action_is_pad' in batch else torch.ones(error.shape[:2], dtype=torch.bool)
+        return error[counted].mean().float().to(self.parallel.device)
 
     def save_state(self) -> None:
-        """Write everything that `resume` needs, all at once."""
-        state: dict[str, Any] = {
-            'step': self.step,
-            'model': self.model.state_dict(),
-            'head': self.head.state_dict(),
-            'average': self._average,
-            'optimizer': self._optimizer.state_dict(),
-        }
-        partial = self.folder / f'{STATE_FILE}.part'
-        torch.save(state, partial)
-        partial.rename(self.folder / STATE_FILE)
+        """Write everything that `resume` needs."""
+        parallel = self.parallel
+        save_state(self.folder, self.step, self._tensors(), self.made_of, parallel.rank, parallel.world, parallel.wait)
 
     def resume(self) -> bool:
-        """Continue from the state in the run folder; False where there is none."""
-        file = self.folder / STATE_FILE
-        if not file.exists():
+        """Continue from the newest state in the run folder; False where there is none.
+
+        Raises:
+            StateError: the state is damaged, or belongs to another configuration, other data or other weights.
+        """
+        state = newest_state(self.folder)
+        if state is None:
             return False
-        state = torch.load(file, weights_only=True)
-        self.model.load_state_dict(state['model'])
-        self.head.load_state_dict(state['head'])
-        self._optimizer.load_state_dict(state['optimizer'])
-        for mine, saved in zip(self._average, state['average'], strict=True):
-            mine.copy_(saved)
-        self.step = int(state['step'])
+        _check_same_run(state.run, self.made_of, self.folder)
+        if state.step > self.options.steps:
+            raise StateError(
+                f'{self.folder} has {state.step} steps behind it, optimisation.steps is {self.options.steps}: ask for more, '
+                'or use another run folder'
+            )
+        for parameter in self.parameters.values():
+            self.optimizer.state[parameter] = {
+                'step': torch.zeros((), dtype=torch.float32, device=self.parallel.device),
+                'exp_avg': torch.zeros_like(parameter),
+                'exp_avg_sq': torch.zeros_like(parameter),
+            }
+        load_tensors(state, self._tensors(), self.parallel.rank, self.parallel.world)
+        self.step = state.step
         return True
 
-    def _train_step(self) -> dict[str, float]:
-        options = self.options
-        for group in self._optimizer.param_groups:
-            group['lr'] = learning_rate(self.step, options)
-        per_epoch = len(self._of_scene) // options.scenes_per_step
-        epoch, index = divmod(self.step, max(1, per_epoch))
-        order = torch.randperm(len(self._of_scene), generator=torch.Generator().manual_seed(options.seed * 1_000_003 + epoch))
-        scenes = order[index * options.scenes_per_step : (index + 1) * options.scenes_per_step]
-        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + self.step)
-        batch = self._batch(self.data, self._of_scene, self._actions, scenes)
-        with torch.autocast('cpu', dtype=torch.bfloat16, enabled=options.bfloat16):
-            flow, grounding = self._losses(batch, generator)
-            loss = flow + options.grounding_weight * grounding.total
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, options.clip_norm)
-        if not bool(torch.isfinite(norm)):
-            raise FloatingPointError(
-                f'step {self.step}: gradient norm {float(norm)}, flow loss {float(flow)}; lower the learning rate'
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that changes in training, by name; of a sharded run the sharded tensors."""
+        tensors: dict[str, Tensor] = {}
+        for index, (name, parameter) in enumerate(self.parameters.items()):
+            tensors[f'weight/{name}'] = parameter
+            if self.average.decay:
+                tensors[f'average/{name}'] = self.average.like(index, parameter)
+            for kind, value in self.optimizer.state[parameter].items():
+                tensors[f'{kind}/{name}'] = value
+        return tensors
+
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
+        """This process's micro-batches from the present step on, without draws."""
+        plan = self.plan.parts(
+            self.step, self.options.steps, self.parallel.rank, self.parallel.world, self.options.gradient_accumulation
+        )
+        return iter(
+            DataLoader(
+                self.scenes,  # type: ignore[arg-type]
+                batch_sampler=plan,
+                collate_fn=self.collate,
+                num_workers=self.config.workers,
+                generator=torch.Generator(),
             )
-        self._optimizer.step()
-        decay = min(options.ema, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(self._average, [parameter.detach() for parameter in self._parameters], 1.0 - decay)
-        measured = {
-            'flow': flow,
-            'grounding': grounding.patch,
-            'accuracy': grounding.accuracy,
-            'norm': norm,
-        }
-        return {name: float(value.detach()) for name, value in measured.items()}
-
-    def _losses(self, batch: _Batch, generator: torch.Generator) -> tuple[Tensor, GroundingLoss]:
-        output = self.model(
-            **batch.inputs, actions=batch.actions, repeats=self.options.repeats, generator=generator, output_hidden_states=True
         )
-        tokens = output.hidden_states[-1][batch.inputs['image_token_mask']]
-        count, views = batch.target_pixels.shape[:2]
-        tokens = tokens.view(count, views, -1, tokens.shape[-1])[:, :, : self.model.config.vision_seq_length]
-        return output.loss, self.head(tokens, batch.target_pixels)
 
-    def _batch(self, data: ExampleSet, of_scene: list[Tensor], actions: Tensor, scenes: Tensor) -> _Batch:
-        examples = torch.cat([of_scene[int(scene)] for scene in scenes])
-        row = torch.cat([torch.full((len(of_scene[int(scene)]),), index) for index, scene in enumerate(scenes)])
-        features = self.model.get_image_features(
-            data.pixel_values[scenes], data.intrinsic[scenes], data.intrinsic_mask[scenes], data.image_masks[scenes]
-        )
-        inputs = {
-            **self.processor.prompt_batch([data.instructions[int(example)] for example in examples]),
-            'image_features': features[row],
-            'image_masks': data.image_masks[scenes][row],
-            'state': self.processor.normalize_state(data.state[examples].numpy()),
+    def _train_step(self, batches: Iterator[dict[str, Tensor]]) -> tuple[dict[str, Tensor], int]:
+        """One optimiser step; its measurements, averaged over this process's examples, and their number."""
+        options, parallel = self.options, self.parallel
+        for group in self.optimizer.param_groups:
+            group['lr'] = learning_rate(self.step, group['peak'], options)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = sum(self.scenes.examples_in(draw.scene) for draw in self.plan.step(self.step))
+        window = _Window()
+        for turn in range(options.gradient_accumulation):
+            # What is drawn inside the network (dropout) depends on step, process and turn alone.
+            torch.manual_seed(derived_seed(self.config.seed, 'network', self.step, parallel.rank, turn))
+            batch = with_draws(next(batches), self._expert, options.repeats)
+            examples = len(batch['state'])
+            with parallel.accumulate(last=turn == options.gradient_accumulation - 1):
+                measured = parallel(batch)
+                # Processes average their gradients; each counts by its share of the step's examples.
+                loss = measured.pop('loss') * (examples * parallel.world / total)
+                parallel.accelerator.backward(loss)
+            window.add(measured, examples)
+        norm = parallel.accelerator.clip_grad_norm_(self.parameters.values(), options.clip_norm)
+        if not bool(torch.isfinite(norm)):
+            raise FloatingPointError(f'step {self.step}: the norm of the gradient is {float(norm)}; lower the learning rate')
+        self.optimizer.step()
+        self.average.update(self.step)
+        return {**window.local_means(), 'grad_norm': norm}, window.count
+
+    def _summary(self, means: dict[str, Tensor], zero_velocity: float) -> dict[str, Any]:
+        """Measurements as plain numbers, with what is derived from them."""
+        count, total = means.pop('cosine_count', None), means.pop('cosine_sum', None)
+        row: dict[str, Any] = {name: value.tolist() for name, value in means.items()}
+        if count is not None and total is not None:
+            row['ratio'] = row['flow'] / zero_velocity
+            row['cosine'] = [float(part / seen) if seen > 0 else None for part, seen in zip(total, count, strict=True)]
+        if 'grad_norm' in row:
+            row['lr'] = learning_rate(self.step - 1, self.options.learning_rate, self.options)
+        return row
+
+    def _sizes(self) -> dict[str, int]:
+        """How many weights there are, and how many are trained."""
+        return {
+            'weights': sum(parameter.numel() for parameter in self.objective.parameters()),
+            'trained_weights': sum(parameter.numel() for parameter in self.parameters.values()),
+            'processes': self.parallel.world,
         }
-        return _Batch(inputs, actions[examples], data.target_pixels[examples])
-
-    def _log(self, row: dict[str, Any]) -> None:
-        line = json.dumps(row)
-        print(line, flush=True)
-        with (self.folder / LOG_FILE).open('a', encoding='utf-8') as handle:
-            handle.write(line + '\n')
 
 
-def learning_rate(step: int, options: TrainingOptions) -> float:
-    """Linear warm-up, then a cosine down to ``final_fraction``."""
+class _Window:
+    """Measurements of some steps, averaged over their examples."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, Tensor] = {}
+        self._began = time.perf_counter()
+        self.count = 0
+
+    def add(self, measured: dict[str, Tensor], examples: int) -> None:
+        self.count += examples
+        for name, value in measured.items():
+            total = value.detach().float() * examples
+            self._totals[name] = total if name not in self._totals else self._totals[name] + total
+
+    def mean(self, name: str) -> Tensor:
+        return self._totals[name] / max(1, self.count)
+
+    def local_means(self) -> dict[str, Tensor]:
+        return {name: self.mean(name) for name in self._totals}
+
+    def means(self, parallel: Parallel) -> dict[str, Tensor]:
+        """Over all processes, with ``samples_per_s``."""
+        seconds = time.perf_counter() - self._began
+        count = parallel.sum(torch.tensor(float(self.count)))
+        means = {name: parallel.sum(total) / count for name, total in self._totals.items()}
+        return {**means, 'samples_per_s': count / seconds}
+
+
+def learning_rate(step: int, peak: float, options: Optimisation) -> float:
+    """Linear warm-up to ``peak``, then a cosine down to ``final_fraction`` of it."""
     if step < options.warmup_steps:
-        return options.learning_rate * (step + 1) / options.warmup_steps
+        return peak * (step + 1) / options.warmup_steps
     progress = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
     cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    return options.learning_rate * (options.final_fraction + (1.0 - options.final_fraction) * cosine)
+    return peak * (options.final_fraction + (1.0 - options.final_fraction) * cosine)
 
 
-class _SwappedWeights:
-    """Exchanges parameters with their average on entry, and back on exit; the model evaluates meanwhile."""
-
-    def __init__(self, parameters: list[Tensor], average: list[Tensor], model: torch.nn.Module) -> None:
-        self._parameters, self._average, self._model = parameters, average, model
-
-    def __enter__(self) -> None:
-        self._swap()
-        self._model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self._swap()
-        self._model.train()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for parameter, average in zip(self._parameters, self._average, strict=True):
-            kept = parameter.detach().clone()
-            parameter.copy_(average)
-            average.copy_(kept)
-
-
-def _examples_of_scenes(data: ExampleSet) -> list[Tensor]:
-    order = torch.argsort(data.scene, stable=True)
-    counts = torch.bincount(data.scene, minlength=len(data.pixel_values))
-    return [part for part in torch.split(order, counts.tolist()) if len(part)]
+def _check_same_run(saved: dict[str, Any], mine: dict[str, Any], folder: Path) -> None:
+    for place in [*mine, *(place for place in saved if place not in mine)]:
+        if saved.get(place) != mine.get(place):
+            raise StateError(
+                f'{place} is {mine.get(place)!r}; the run in {folder} has {saved.get(place)!r}: use that value to continue it, '
+                'or another run folder'
+            )

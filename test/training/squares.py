@@ -1,0 +1,80 @@
+"""Scenes of coloured squares that a network can learn in seconds, for the tests of the training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vla_policy_ros.policy.checkpoint import new_model, new_processor
+from vla_policy_ros.robot import Robot, load_robot
+from vla_policy_ros.training.config import TrainingConfig
+from vla_policy_ros.training.dataset import ExampleSet
+from vla_policy_ros.types import CameraView, Observation
+
+ROOT = Path(__file__).resolve().parents[2]
+K = np.array([[70.0, 0.0, 39.5], [0.0, 70.0, 29.5], [0.0, 0.0, 1.0]])
+WORDS = ('red', 'blue')
+
+
+@dataclass
+class Sample:
+    """A scene of two coloured squares; the arm should move by where the named one is."""
+
+    observation: Observation
+    actions: np.ndarray
+    target_pixels: dict[str, tuple[float, float] | None]
+    scene_id: int
+
+
+def samples(scenes: int, seed: int = 0) -> list[Sample]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for scene in range(scenes):
+        image = np.full((60, 80, 3), 90, dtype=np.uint8)
+        centres = {'red': (int(rng.integers(8, 36)), int(rng.integers(8, 52))), 'blue': (int(rng.integers(46, 72)), 30)}
+        for word, (u, v) in centres.items():
+            image[v - 6 : v + 7, u - 6 : u + 7] = (220, 30, 30) if word == 'red' else (30, 30, 220)
+        views = {name: CameraView(image, K, 0) for name in ('scene', 'wrist')}
+        state = rng.normal(size=7) * 0.1
+        for word in WORDS:
+            u, v = centres[word]
+            goal = np.array([u / 40 - 1, v / 30 - 1, 0, 0, 0, 0, 0.3])
+            actions = state + (goal - state) * np.linspace(0.1, 1.0, 16)[:, None]
+            made.append(Sample(Observation(0, views, state, 0, f'go to the {word} one'), actions, {'scene': (u, v)}, scene))
+    return made
+
+
+def tabletop_robot() -> Robot:
+    """The robot file that all of these tests use."""
+    return load_robot(ROOT / 'config' / 'robots' / 'tabletop.yaml')
+
+
+def example_set(scenes: int, seed: int = 0, preset: str = 'tiny') -> ExampleSet:
+    """Two examples per scene, in the picture size of a preset."""
+    robot = tabletop_robot()
+    return ExampleSet.build(samples(scenes, seed), new_processor(robot, preset, new_model(robot, preset).config))
+
+
+def settings(folder: Path, data: Path | None = None, **sections: Any) -> dict[str, Any]:
+    """A small training file, as a mapping; ``sections`` are merged into it."""
+    file = str(data or folder / 'examples.safetensors')
+    made: dict[str, Any] = {
+        'robot': 'tabletop',
+        'preset': 'tiny',
+        'data': {'source': 'examples', 'files': [file], 'validation_files': [file]},
+        'optimisation': {'steps': 6, 'scenes_per_step': 4, 'repeats': 2},
+        'logging': {'log_every': 3, 'validate_every': 100, 'state_every': 3, 'tensorboard': False},
+        'run': str(folder / 'run'),
+        'out': str(folder / 'out'),
+    }
+    for name, value in sections.items():
+        made[name] = {**made[name], **value} if isinstance(value, dict) and isinstance(made.get(name), dict) else value
+    return made
+
+
+def config(folder: Path, **sections: Any) -> TrainingConfig:
+    """The same, validated."""
+    return TrainingConfig.model_validate(settings(folder, **sections))

@@ -1,0 +1,130 @@
+"""One process or many: what `torchrun` started, through Accelerate.
+
+Without sharding every process holds a copy of everything (DDP). With it, torch's fully_shard splits weights, gradients and
+optimiser state over the processes, and each layer gathers its weights when it runs. Sharding is done here and not by Accelerate,
+for two reasons: Accelerate refuses it on CPUs, where the tests run it; and the language layers do not run through their own
+``forward``, so that each needs a method of its own to gather around (`deep_fusion.CALL_BACK`).
+
+Enters: an objective. Leaves: the same objective, wrapped. The thread that trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from vla_policy_ros.model.deep_fusion import CALL_BACK
+from vla_policy_ros.training.config import TrainingConfig
+from vla_policy_ros.training.objective import Objective
+from vla_policy_ros.training.parameters import DTYPES
+
+# Classes whose forward gathers: the towers' layers. The language and the expert layers come from the backbone itself.
+_TOWER_LAYERS = ('SiglipEncoderLayer', 'CLIPEncoderLayer', 'Block')
+
+
+class Parallel:
+    """The processes of a run.
+
+    Args:
+        config: gives precision and sharding.
+
+    Attributes:
+        rank, world: this process, and how many there are.
+        main: whether this process writes logs and checkpoints.
+    """
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self._sharded = config.sharding == 'fsdp'
+        self._bfloat16 = config.precision == 'bfloat16'
+        # The precision is set here, per run: Accelerate's is one for the life of a process.
+        self.accelerator = Accelerator(mixed_precision='no', cpu=not torch.cuda.is_available())
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
+        self._wrapped: Any = None
+
+    def wrap(self, objective: Objective) -> None:
+        """Place the objective on its devices. Its parameters may be other objects afterwards."""
+        if self.world == 1:
+            objective.to(self.device)
+            self._wrapped = objective
+        elif self._sharded:
+            self._wrapped = self._shard(objective)
+        else:
+            # With insulation, which prefix weights have gradients depends on the auxiliary losses.
+            unused = objective.model.config.expert_config.knowledge_insulation
+            self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=unused)
+            self._wrapped = self.accelerator.prepare_model(objective)
+
+    def _shard(self, objective: Objective) -> nn.Module:
+        options: dict[str, Any] = {
+            'mesh': init_device_mesh(self.device.type, (self.world,)),
+            # Inputs keep their precision: times and actions are compared in float32.
+            'mp_policy': MixedPrecisionPolicy(
+                param_dtype=DTYPES['bfloat16'] if self._bfloat16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+            ),
+        }
+        for module in list(objective.modules()):
+            if type(module).__name__ in _TOWER_LAYERS:
+                fully_shard(module, **options)
+        backbone = objective.model.language_model_with_expert
+        for layer in [] if backbone is None else backbone.stream_layers():
+            setattr(layer, CALL_BACK, MethodType(_call_back, layer))
+            fully_shard(layer, **options)
+            register_fsdp_forward_method(layer, CALL_BACK)
+        fully_shard(objective, **options)
+        register_fsdp_forward_method(objective, 'sample')
+        return objective
+
+    def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The objective's forward pass, in the precision of the run."""
+        with torch.autocast(self.device.type, dtype=DTYPES['bfloat16'], enabled=self._bfloat16):
+            return self._wrapped(self.to_device(batch))
+
+    def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch on this process's device."""
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
+    @contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
+        """One micro-batch; copies exchange gradients in the last one only, shards in every one, which keeps them small."""
+        if last or self._sharded or self.world == 1:
+            yield
+            return
+        with self._wrapped.no_sync():
+            yield
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over all processes, on the CPU."""
+        return self.accelerator.reduce(value.to(self.device), 'sum').cpu()
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """Leave the group of processes."""
+        self.accelerator.end_training()
+
+    def in_turn_after_main(self, make: Callable[[], Any]) -> Any:
+        """``make()`` first in the main process, then in the others: what writes files that the others then find."""
+        with self.accelerator.main_process_first():
+            return make()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor gathered from all processes, which must all call this; on the CPU."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+
+
+def _call_back(layer: nn.Module, function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(layer, *arguments)
