@@ -16,6 +16,9 @@ from vla_policy_ros.robot import Robot, load_robot
 from vla_policy_ros.sim.controller import START_NS, CommandRecord, SimulatedRobot
 from vla_policy_ros.sim.dataset import RobotMismatch
 from vla_policy_ros.sim.expert import ArmKinematics, expert_chunk
+from vla_policy_ros.sim.requests import episode_request, requested_episode
+from vla_policy_ros.sim.scene import Variation
+from vla_policy_ros.sim.tasks import TASKS, Conditions
 from vla_policy_ros.types import NS_PER_S, ActionChunk
 
 ROBOT = load_robot(Path(__file__).parents[2] / 'config/robots/tabletop.yaml')
@@ -197,3 +200,59 @@ def test_command_record_counts_what_is_commanded():
     record.restart(np.array([1.0, 0.0]))
     record.add(np.array([1.0, 0.0]))
     assert record.report(('a', 'b'))['max_step_rad'] == pytest.approx(0.003)
+
+
+def test_an_episode_begins_at_its_start_while_time_goes_on(simulated):
+    task = TASKS['reach']
+    kinematics = ArmKinematics()
+    simulated.set_instruction(f'reach the {simulated.world.objects[0].name}')
+    drive_with_expert(simulated, 1.0, kinematics)
+    before, counted = simulated.time_ns, simulated.report()['trajectories']
+    assert simulated.report()['episode'] is None and counted['accepted'] > 0
+    episode = task.sample(77, Conditions())
+    simulated.begin_episode(task, episode)
+    assert simulated.time_ns == before
+    assert np.allclose(simulated.world.joint_state()[0], episode.scene.start)
+    report = simulated.report()
+    assert report['episode']['begun_s'] == report['simulated_s'] == (before - START_NS) / NS_PER_S
+    assert report['trajectories'] == counted and report['episode']['task'] == 'reach' and report['episode']['success'] is False
+    for _ in range(50):
+        simulated.tick()
+    assert simulated.time_ns == before + 50 * simulated.period_ns
+    assert np.abs(simulated.world.joint_state()[0] - episode.scene.start).max() < 2e-3, 'the old trajectory is forgotten'
+    simulated.set_instruction(episode.instruction)
+    drive_with_expert(simulated, 4.0, kinematics)
+    judged = simulated.report()['episode']
+    assert judged['success'] and judged['error'] < 0.02 and judged['failure'] == ''
+    assert simulated.report()['commands']['max_step_ratio'] <= 1.0
+    simulated.lay_out_next_scene()
+    assert simulated.report()['episode'] is None
+
+
+def test_an_episode_that_is_asked_for_as_text_is_the_one_that_is_drawn():
+    conditions = Conditions(scene=Variation(camera='shifted', surroundings=True), phrasing='held_out', naming='full')
+    task, episode = requested_episode(episode_request('reach', 123, conditions))
+    drawn = TASKS['reach'].sample(123, conditions)
+    assert task is TASKS['reach'] and episode.instruction == drawn.instruction and episode.targets == drawn.targets
+    assert episode.scene.objects == drawn.scene.objects and (episode.scene.camera_position == drawn.scene.camera_position).all()
+    assert requested_episode('{"task": "reach", "seed": 5}')[1].instruction == TASKS['reach'].sample(5, Conditions()).instruction
+
+
+@pytest.mark.parametrize(
+    ('text', 'words'),
+    [
+        ('reach', 'no JSON'),
+        ('[]', 'must be an object'),
+        ('{"task": "reach"}', 'must be an object'),
+        ('{"task": "reach", "seed": 1, "speed": 2}', 'must be an object'),
+        ('{"task": "juggle", "seed": 1}', 'choose among reach'),
+        ('{"task": "reach", "seed": -1}', 'seed is -1'),
+        ('{"task": "reach", "seed": 1.5}', 'seed is 1.5'),
+        ('{"task": "reach", "seed": 1, "conditions": {"colour": "red"}}', 'colour'),
+        ('{"task": "reach", "seed": 1, "conditions": {"scene": {"camera": "upside down"}}}', 'camera'),
+        ('{"task": "reach", "seed": 1, "conditions": 3}', 'conditions 3'),
+    ],
+)
+def test_a_text_that_asks_for_no_episode_is_refused(text, words):
+    with pytest.raises(ValueError, match=words):
+        requested_episode(text)

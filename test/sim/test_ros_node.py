@@ -26,6 +26,8 @@ from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from vla_policy_ros.ros.controllers import ParameterReader
 from vla_policy_ros.ros.inputs import controller_state_type
+from vla_policy_ros.sim.requests import episode_request
+from vla_policy_ros.sim.tasks import TASKS, Conditions
 from vla_policy_ros.sim.world import TabletopWorld
 
 LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
@@ -93,7 +95,13 @@ class Listener:
 
     def disable(self, *cameras):
         value = ParameterValue(type=ParameterType.PARAMETER_STRING_ARRAY, string_array_value=list(cameras))
-        request = SetParameters.Request(parameters=[Parameter(name='disabled_cameras', value=value)])
+        return self._set('disabled_cameras', value)
+
+    def begin(self, episode):
+        return self._set('episode', ParameterValue(type=ParameterType.PARAMETER_STRING, string_value=episode))
+
+    def _set(self, name, value):
+        request = SetParameters.Request(parameters=[Parameter(name=name, value=value)])
         return self.call(self.parameters, request).results[0]
 
     def close(self):
@@ -239,6 +247,26 @@ def test_instruction_reset_and_a_camera_that_dies_and_returns(simulator):
     assert np.abs(np.array(listener.heard['/joint_states'][-1].position) - before).max() < 2e-3
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=15) == 0
+
+
+@pytest.mark.timeout(90)
+def test_an_episode_is_begun_on_request_and_judged_in_the_report(simulator):
+    listener, _, _ = simulator
+    refused = listener.begin('{"task": "juggle", "seed": 1}')
+    assert not refused.successful and 'choose among reach' in refused.reason
+    assert listener.status()['episode'] is None and listener.status()['seed'] == SEED
+    episode = TASKS['reach'].sample(99, Conditions())
+    before = listener.status()['simulated_s']
+    assert listener.begin(episode_request('reach', 99, Conditions())).successful
+    listener.until(lambda: listener.status()['episode'] is not None)
+    report = listener.status()
+    assert report['seed'] == episode.scene.seed and report['objects'] == [spec.name for spec in episode.scene.objects]
+    assert report['episode']['begun_s'] > before and report['simulated_s'] > before
+    assert report['episode']['success'] is False and report['episode']['error'] > 0.03
+    listener.hear_everything()
+    assert np.abs(np.array(listener.heard['/joint_states'][-1].position) - episode.scene.start).max() < 2e-3
+    stamps = [seconds(message.clock) for message in listener.heard['/clock']]
+    assert all(np.diff(stamps) > 0.0), 'time goes on'
 
 
 @pytest.mark.timeout(60)

@@ -18,23 +18,18 @@ from rich.console import Console
 from rich.live import Live
 
 from vla_policy_ros.demo import panel, results
+from vla_policy_ros.demo.loop import POLL_S, ClosedLoopProcesses, LoopError, uninterrupted
 from vla_policy_ros.demo.pace import Pace
-from vla_policy_ros.demo.processes import Child, ChildError, ros_environment
+from vla_policy_ros.demo.processes import ChildError, ros_environment
 from vla_policy_ros.demo.reaches import Reach, Sample, plan_reaches
 from vla_policy_ros.robot import Robot, load_robot
 
 if TYPE_CHECKING:
     from vla_policy_ros.ros.demo_observer import DemoObserver
 
-READY_TIMEOUT_S = 180.0
 RECORD_TIMEOUT_S = 15.0
 STALL_TIMEOUT_S = 20.0
-REFRESH_S = 0.1
 LINE_EVERY_S = 2.0
-
-
-class DemoError(RuntimeError):
-    """The demo cannot begin or go on; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +76,7 @@ def run_demo(options: DemoOptions) -> int:
     # An operator's `kill` ends the demo as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     run = _closed_loop(options, robot, console)
-    with _uninterrupted():
+    with uninterrupted():
         summary = results.write(options, robot, run, console)
     if run.failure:
         console.print(run.failure, style='red', markup=False, highlight=False, soft_wrap=True)
@@ -97,25 +92,28 @@ def _closed_loop(options: DemoOptions, robot: Robot, console: Console) -> Run:
     from vla_policy_ros.ros.demo_observer import DemoObserver
 
     run = Run()
-    children: list[Child] = []
+    processes = ClosedLoopProcesses()
     with DemoObserver(robot) as observer:
         try:
-            _start(options, children)
-            _wait_until_ready(observer, children, console)
+            _start(options, processes)
+            with console.status('starting simulator and policy node') as spinner:
+                processes.wait_until_ready(observer, spinner.update)
             _begin_recording(observer, options.out / results.BAG)
-            _work(options, observer, children, run, console)
+            _work(options, observer, processes, run, console)
         except KeyboardInterrupt:
             run.interrupted = True
-        except (ChildError, DemoError) as error:
+        except (ChildError, LoopError) as error:
             run.failure = str(error)
         finally:
-            with _uninterrupted():
-                _stop(observer, children, run)
+            with uninterrupted():
+                if run.simulated_s > 0.0:
+                    processes.brake(observer)
+                run.status = observer.status
+                run.failure = run.failure or processes.stop()
     return run
 
 
-def _start(options: DemoOptions, children: list[Child]) -> None:
-    """Start simulator and policy node, in this order."""
+def _start(options: DemoOptions, processes: ClosedLoopProcesses) -> None:
     out = options.out.absolute()
     simulation = {
         'robot_file': options.robot_file, 'seed': options.seed, 'realtime_factor': float(options.realtime_factor),
@@ -125,85 +123,25 @@ def _start(options: DemoOptions, children: list[Child]) -> None:
         'robot_file': options.robot_file, 'checkpoint': options.checkpoint.absolute(), 'replan_rate': float(options.rate),
         'dry_run': options.dry_run, 'autostart': True, 'use_sim_time': True,
     }  # fmt: skip
-    for name, module, values in (
-        ('simulator', 'vla_policy_ros.sim.ros_node', simulation),
-        ('policy', 'vla_policy_ros.ros.policy_node', policy),
-    ):
-        children.append(Child(name, module, _ros_arguments(values), out / f'{name}.log'))
-
-
-def _stop(observer: DemoObserver, children: list[Child], run: Run) -> None:
-    """Soft stop, then the policy node (which brakes in any case), then the simulator (which reports what it executed)."""
-    if run.simulated_s > 0.0 and all(child.running for child in children) and observer.request_stop():
-        observer.wait_until_stopped()
-    run.status = observer.status
-    for child in reversed(children):
-        failed_before = not child.running
-        if not child.stop() and not failed_before and not run.failure:
-            run.failure = f'the {child.name} process did not end cleanly; the last lines of {child.log}:\n{child.tail()}'
-
-
-def _ros_arguments(values: dict[str, Any]) -> list[str]:
-    texts = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in values.items()}
-    return ['--ros-args', *(part for name, text in texts.items() for part in ('-p', f'{name}:={text}'))]
-
-
-def _wait_until_ready(observer: DemoObserver, children: list[Child], console: Console) -> None:
-    """Return when the simulator reports and the policy node lacks nothing but an instruction.
-
-    Raises:
-        ChildError: a process ended.
-        DemoError: the policy node is in FAULT, or nobody was ready in time.
-    """
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    with console.status('starting simulator and policy node') as spinner:
-        while time.monotonic() < deadline:
-            for child in children:
-                child.check()
-            status = observer.status
-            if status is not None and status.state_name == 'FAULT':
-                raise DemoError(_fault(status, children))
-            waiting = _waiting_for(observer)
-            if not waiting:
-                return
-            spinner.update(f'waiting for {waiting}')
-            time.sleep(REFRESH_S)
-    raise DemoError(f'not ready after {READY_TIMEOUT_S:.0f} s, still waiting for {_waiting_for(observer)}; see the logs')
-
-
-def _waiting_for(observer: DemoObserver) -> str:
-    status = observer.status
-    if observer.report is None:
-        return 'the simulator'
-    if status is None:
-        return 'the policy node'
-    if status.lifecycle_state != 'active':
-        return f'the policy node, which is {status.lifecycle_state}'
-    return '; '.join(health.reason for health in status.inputs if not health.ok and health.name != 'instruction')
-
-
-def _fault(status: Any, children: list[Child]) -> str:
-    """The node's reason with what it logged before: one fault often follows from another."""
-    policy = children[-1]
-    return f'the policy node cannot work: {status.reason}; the last lines of {policy.log}:\n{policy.tail()}'
+    processes.start(out, simulation, policy)
 
 
 def _begin_recording(observer: DemoObserver, bag: Path) -> None:
-    """Record from now on, and go on when images arrive, so that the first motion is not missed. Raises DemoError."""
+    """Record from now on, and go on when images arrive, so that the first motion is not missed. Raises LoopError."""
     observer.record(bag)
     deadline = time.monotonic() + RECORD_TIMEOUT_S
     while observer.unheard():
         if time.monotonic() > deadline:
-            raise DemoError(f'the recorder hears nothing on {", ".join(observer.unheard())}: does the simulator publish it?')
-        time.sleep(REFRESH_S)
+            raise LoopError(f'the recorder hears nothing on {", ".join(observer.unheard())}: does the simulator publish it?')
+        time.sleep(POLL_S)
 
 
-def _work(options: DemoOptions, observer: DemoObserver, children: list[Child], run: Run, console: Console) -> None:
+def _work(options: DemoOptions, observer: DemoObserver, processes: ClosedLoopProcesses, run: Run, console: Console) -> None:
     """Give the instructions one after the other and follow what happens.
 
     Raises:
         ChildError: a process ended.
-        DemoError: simulated time stands still, or the policy node is in FAULT.
+        LoopError: simulated time stands still, or the policy node is in FAULT.
     """
     report = observer.report
     assert report is not None
@@ -213,24 +151,21 @@ def _work(options: DemoOptions, observer: DemoObserver, children: list[Child], r
     pace = Pace(options.realtime_factor, begin)
     with _shown(options, console) as show:
         while now < begin + options.seconds:
-            for child in children:
-                child.check()
+            processes.check(observer.status)
             while len(run.reaches) < len(planned) and now >= planned[len(run.reaches)].begin:
                 run.reaches.append(planned[len(run.reaches)])
                 observer.instruct(run.reaches[-1].instruction)
-            time.sleep(REFRESH_S)
+            time.sleep(POLL_S)
             report, status = observer.report or report, observer.status
             if report['simulated_s'] > now:
                 moved_at, now = time.monotonic(), float(report['simulated_s'])
                 run.samples.append(Sample.from_report(report))
             elif time.monotonic() - moved_at > STALL_TIMEOUT_S:
-                raise DemoError(f'simulated time has stood still for {STALL_TIMEOUT_S:.0f} s; see the log of the simulator')
+                raise LoopError(f'simulated time has stood still for {STALL_TIMEOUT_S:.0f} s; see the log of the simulator')
             factor = pace.slower(now, status.requests_skipped)
             if factor is not None:
                 observer.set_realtime_factor(factor)
             run.simulated_s, run.wall_s = now - begin, time.monotonic() - wall_begin
-            if status.state_name == 'FAULT':
-                raise DemoError(_fault(status, children))
             show(status, report, run)
 
 
@@ -238,7 +173,7 @@ def _work(options: DemoOptions, observer: DemoObserver, children: list[Child], r
 def _shown(options: DemoOptions, console: Console) -> Iterator[Callable[[Any, dict[str, Any], Run], None]]:
     """A function that shows the present state: a live panel, or now and then a line where nobody looks."""
     if not options.headless and console.is_terminal:
-        with Live(console=console, refresh_per_second=1.0 / REFRESH_S) as live:
+        with Live(console=console, refresh_per_second=1.0 / POLL_S) as live:
             yield lambda status, report, run: live.update(panel.render(status, report, run.simulated_s, options.seconds))
         return
     printed = -LINE_EVERY_S
@@ -250,13 +185,3 @@ def _shown(options: DemoOptions, console: Console) -> Iterator[Callable[[Any, di
             console.print(panel.one_line(status, report, run.simulated_s), markup=False, highlight=False, soft_wrap=True)
 
     yield show
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ending in order takes seconds; a second Ctrl-C must not cost the results."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

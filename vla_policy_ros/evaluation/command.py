@@ -28,11 +28,11 @@ def run(options: EvaluationOptions, json_file: str | None, over_ros: bool, out: 
         options: what to evaluate.
         json_file: file for the document; ``-`` prints it and nothing else on stdout; None writes none.
         over_ros: through topics, node and controllers rather than in process.
-        out: with ``over_ros``, the folder for the logs of the processes.
+        out: with ``over_ros``, the folder for the logs of the processes; None keeps none.
 
     Raises:
         OSError, ValueError: something cannot be used; the message says what.
-        RenderError, ChildError: the simulator cannot draw, or a process of ``over_ros`` failed.
+        RenderError, LoopError, ChildError: the simulator cannot draw, or the closed loop of ``over_ros`` failed.
     """
     if json_file not in (None, '-'):
         _check_writable(Path(str(json_file)))
@@ -40,7 +40,7 @@ def run(options: EvaluationOptions, json_file: str | None, over_ros: bool, out: 
         if over_ros:
             from vla_policy_ros.evaluation.ros_closed_loop import evaluate_over_ros
 
-            found = evaluate_over_ros(options, out or Path('evaluation'), on_result)
+            found = evaluate_over_ros(options, out, on_result)
         else:
             found = evaluate(options, on_result)
     text = json.dumps(found, indent=1, allow_nan=False)
@@ -85,7 +85,7 @@ def _show(found: dict[str, Any]) -> None:
     console.print(table)
     false = [name for name, value in found['settings']['probe'].items() if value not in (False, 1.0)]
     notes = [
-        f'checkpoint {found["checkpoint"]["hash"][:12]}, {found["mode"].replace("_", " ")}',
+        f'checkpoint {found["checkpoint"].get("hash", "unknown")[:12]}, {found["mode"].replace("_", " ")}',
         f'{found["seeds"]["purpose"]} seed {found["seeds"]["seed"]}',
         *([f'told falsely: {", ".join(false)}'] if false else []),
         *(['interrupted'] if found['interrupted'] else []),
@@ -97,9 +97,9 @@ def _show(found: dict[str, Any]) -> None:
 
 def ros_line(ros: dict[str, Any]) -> str:
     """What the closed loop over ROS was like, in a line."""
+    latency = 'never' if ros['latency_p50_ms'] is None else f'in {ros["latency_p50_ms"]:.0f} ms'
     return (
-        f'{ros["chunk_rate_hz"]:.2f} chunks/s of {ros["replan_rate_hz"]:g} wanted, '
-        f'image to trajectory {ros["latency_p50_ms"]:.0f} ms, '
+        f'{ros["chunk_rate_hz"]:.2f} chunks/s of {ros["replan_rate_hz"]:g} wanted, image to trajectory {latency}, '
         f'trajectories {ros["trajectories"]["accepted"]} accepted and {ros["trajectories"]["rejected"]} rejected, '
         f'{ros["real_time_factor"]:.2f} of real time'
     )

@@ -12,6 +12,7 @@ report. One thread (see `world`). Units rad, m, s; stamps in ns of simulated tim
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from vla_policy_ros.sim.dataset import RobotMismatch, check_robot
 from vla_policy_ros.sim.instructions import Target, parse_instruction
 from vla_policy_ros.sim.mjcf import TIMESTEP
 from vla_policy_ros.sim.scene import Scene, sample_scene
+from vla_policy_ros.sim.tasks import Episode, Task
 from vla_policy_ros.sim.world import TabletopWorld
 from vla_policy_ros.types import NS_PER_S, CameraView
 
@@ -138,6 +140,8 @@ class SimulatedRobot:
         self.period_ns = _common_period_ns(robot)
         self.world = TabletopWorld()
         self.world.reset(seed)
+        self._elapsed_ns = 0
+        self._episode: tuple[Task, Episode, float] | None = None
         self.instruction = ''
         self.target = Target(None, 'no instruction yet')
         self.faults = 0
@@ -170,7 +174,7 @@ class SimulatedRobot:
     @property
     def time_ns(self) -> int:
         """Simulated time; starts at `START_NS`."""
-        return START_NS + self.world.time_ns
+        return START_NS + self._elapsed_ns + self.world.time_ns
 
     def receive(self, controller: str, message: TrajectoryMessage) -> Acceptance:
         """Hand a trajectory message to a controller, as its topic would. Raises KeyError for an unknown controller."""
@@ -204,10 +208,15 @@ class SimulatedRobot:
         """The controller passes NaN on; the drives refuse it, and as after a drive fault it is activated anew where the arm
         is."""
         self.faults += 1
+        self._activate(controller, positions)
+        return controller.update(self.time_ns, positions, velocities)
+
+    @staticmethod
+    def _activate(controller: JointTrajectoryController, positions: NDArray[np.float64]) -> None:
+        """Activate anew at ``positions``; what was counted stays."""
         counters = controller.counters
         controller.activate(positions)
         controller.counters = counters
-        return controller.update(self.time_ns, positions, velocities)
 
     def lay_out_next_scene(self) -> Scene:
         """Lay out the objects and set the camera of the next seed. The arm stays where it is and goes on with what it does,
@@ -220,8 +229,26 @@ class SimulatedRobot:
             if all(np.hypot(spec.x - tool[0], spec.y - tool[1]) > _CLEAR_OF_TOOL for spec in scene.objects):
                 break
         self.world.lay_out(scene)
+        self._episode = None
         self.set_instruction(self.instruction)
         return scene
+
+    def begin_episode(self, task: Task, episode: Episode) -> None:
+        """Lay out an episode's scene and put the arm, at rest, where the episode begins: somebody has carried it there and switched
+        its controllers on again. Time goes on. What was commanded is forgotten, so stop whoever commands before."""
+        self._elapsed_ns += self.world.time_ns
+        self.world.reset_to(episode.scene)
+        positions, _ = self.world.joint_state()
+        for name, controller in self.controllers.items():
+            self._activate(controller, positions[self.columns[name]])
+        self.commands = {}
+        self.record.restart(positions)
+        self._episode = task, episode, self._simulated_s
+        self.set_instruction(self.instruction)
+
+    @property
+    def _simulated_s(self) -> float:
+        return (self.time_ns - START_NS) / NS_PER_S
 
     def set_instruction(self, instruction: str) -> Target:
         """Take note of the sentence that the policy was given, to measure how near the tool is to what it names."""
@@ -241,7 +268,7 @@ class SimulatedRobot:
         rejected = sum(self._rejections.values())
         target = self.target.object
         return {
-            'simulated_s': self.world.time_ns / NS_PER_S,
+            'simulated_s': self._simulated_s,
             'seed': self.world.scene.seed,
             'objects': [spec.name for spec in self.world.objects],
             'instruction': self.instruction,
@@ -249,6 +276,7 @@ class SimulatedRobot:
             'target_reason': self.target.reason,
             'distance_m': self.world.distance(target.name) if target else None,
             'success': self.world.success(target.name) if target else False,
+            'episode': self._judged(),
             'tcp_m': [float(value) for value in self.world.tcp()],
             'trajectories': {
                 'received': accepted + rejected,
@@ -262,6 +290,14 @@ class SimulatedRobot:
             'since_last_trajectory': self.record.report_since_trajectory(),
             'drive_faults': self.faults,
         }
+
+    def _judged(self) -> dict[str, Any] | None:
+        """The episode under way and how it would have ended now; None without one."""
+        if self._episode is None:
+            return None
+        task, episode, begun_s = self._episode
+        outcome = task.measure(self.world, episode)
+        return {'task': episode.task, 'begun_s': begun_s, **asdict(outcome)}
 
 
 def _common_period_ns(robot: Robot) -> int:

@@ -38,6 +38,8 @@ from vla_policy_ros.robot import RobotFileError, load_robot
 from vla_policy_ros.sim.controller import SimulatedRobot
 from vla_policy_ros.sim.dataset import RobotMismatch
 from vla_policy_ros.sim.engine import RenderError
+from vla_policy_ros.sim.requests import requested_episode
+from vla_policy_ros.sim.tasks import Episode, Task
 from vla_policy_ros.types import NS_PER_S, CameraView
 
 try:
@@ -97,6 +99,7 @@ class SimulatorNode(Node):
         self._wall = Clock(clock_type=ClockType.STEADY_TIME)
         self._real_time_factor = 0.0
         self._stopped = False
+        self._asked: tuple[Task, Episode] | None = None
         self._due = {'images': 0, 'joint_states': 0, 'controller_states': 0, 'status': 0}
         self._periods = {
             'images': NS_PER_S / self._value('camera_rate'),
@@ -126,6 +129,8 @@ class SimulatorNode(Node):
         declare('joint_state_rate', 100.0, 'Joint states per simulated second, Hz.', 1.0, 500.0)
         declare('interpolate_from_desired_state', True, 'Parameter of that name of the emulated controllers.')
         declare('report_file', '', 'JSON file that the report is written to at shutdown; empty for none.')
+        text = 'JSON with task, seed and conditions: begin that episode; what commands the arm must be stopped. Empty for none.'
+        declare('episode', '', text, read_only=False)
         # An empty list has no element type in a parameter file or on a command line, hence the dynamic type and the empty name.
         text = 'Cameras that publish nothing, by their name in the robot file; change it to make one fail or return.'
         declare('disabled_cameras', [''], text, read_only=False, dynamic_typing=True)
@@ -137,7 +142,13 @@ class SimulatorNode(Node):
         return {name for name in self._value('disabled_cameras') or () if name}
 
     def _check_parameters(self, parameters: list[Parameter]) -> SetParametersResult:
+        asked = None
         for parameter in parameters:
+            if parameter.name == 'episode' and parameter.value:
+                try:
+                    asked = requested_episode(parameter.value)
+                except ValueError as error:
+                    return SetParametersResult(successful=False, reason=f'episode: {error}')
             if parameter.name != 'disabled_cameras':
                 continue
             value = parameter.value
@@ -147,6 +158,7 @@ class SimulatorNode(Node):
                     successful=False,
                     reason=f'disabled_cameras: {value!r} must be a list of camera names out of {", ".join(self.images)}',
                 )
+        self._asked = asked or self._asked
         return SetParametersResult(successful=True)
 
     # -- interfaces -----------------------------------------------------------------------------------------------------------
@@ -231,6 +243,10 @@ class SimulatorNode(Node):
         measured_from = (due_ns, self.robot.time_ns)
         try:
             while not self._stopped:
+                if self._asked is not None:
+                    self.robot.begin_episode(*self._asked)
+                    self._asked = None
+                    self.get_logger().info(self._describe_scene())
                 self.publish()
                 self.robot.tick()
                 now_ns = self._wall.now().nanoseconds
