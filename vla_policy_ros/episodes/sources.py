@@ -76,3 +76,10 @@ def find_episodes(
         raise EpisodeError(f'{path} has no bag {unknown[0]}; it has {len(bags)}, from 0 ({bags[0].name})')
     chosen = bags if only is None else [bags[number] for number in only]
     return [EpisodeSource(bag.name, partial(BagEpisode, bag, robot, instruction)) for bag in chosen]
+
+
+def count_episodes(path: Path, robot: Robot, mapping: DatasetMapping | None = None) -> list[int]:
+    """Numbers of all episodes of a recording, as ``only`` of `find_episodes` takes them. Raises EpisodeError as that does."""
+    if is_lerobot(path):
+        return list(LeRobotDataset(path, robot, mapping).episodes)
+    return list(range(len(find_episodes(path, robot))))

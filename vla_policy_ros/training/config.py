@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from vla_policy_ros.strict_yaml import SchemaError, Section, StrictLoader, parse_mapping, validate_mapping
+from vla_policy_ros.training.recorded_config import RecordedData
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Steps = Annotated[int, Field(gt=0)]
@@ -40,7 +41,7 @@ class ExampleFileData(Section):
     validation_files: tuple[Path, ...] = Field((), description='Files of held-out examples.')
 
 
-Data = Annotated[TabletopData | ExampleFileData, Field(discriminator='source')]
+Data = Annotated[TabletopData | ExampleFileData | RecordedData, Field(discriminator='source')]
 
 
 class Optimisation(Section):
@@ -169,7 +170,7 @@ class TrainingConfig(Section):
 # What may differ between a run and its continuation: where and how often things are written, and how far the run goes.
 _FREE = (
     'run', 'out', 'logging', 'threads', 'workers', 'save_dtype', 'sharding', 'robot', 'start_from',
-    'optimisation.steps', 'data.folder', 'data.files', 'data.validation_files',
+    'optimisation.steps', 'data.folder', 'data.files', 'data.validation_files', 'data.path',
 )  # fmt: skip
 
 

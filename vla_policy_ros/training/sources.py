@@ -14,6 +14,8 @@ from vla_policy_ros.model.processing import MapAnythingLlava3DProcessor
 from vla_policy_ros.robot import Robot
 from vla_policy_ros.training.config import ExampleFileData, TabletopData, TrainingConfig
 from vla_policy_ros.training.dataset import ExampleSet
+from vla_policy_ros.training.recorded import open_recorded
+from vla_policy_ros.training.recorded_config import RecordedData
 from vla_policy_ros.training.scenes import ExampleScenes, SceneDataset
 from vla_policy_ros.training.tabletop import VALIDATION_SEED, tabletop_examples
 
@@ -52,7 +54,12 @@ def _example_files(data: ExampleFileData, run: Path, robot: Robot, processor: Ma
     return TrainingData(training, held_out)
 
 
+def _episodes(data: RecordedData, run: Path, robot: Robot, processor: MapAnythingLlava3DProcessor) -> TrainingData:
+    return TrainingData(*open_recorded(data, robot, processor, lambda line: print(line, flush=True)))
+
+
 _SOURCES: dict[str, Callable[[Any, Path, Robot, MapAnythingLlava3DProcessor], TrainingData]] = {
     'tabletop': _tabletop,
     'examples': _example_files,
+    'episodes': _episodes,
 }
