@@ -1,0 +1,135 @@
+"""Tasks: their experts succeed in the physics, their sentences are true, their ends are judged as they should be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from vla_policy_ros.sim.dataset import MIX, SCENE_SEED_BASE
+from vla_policy_ros.sim.expert import ArmKinematics
+from vla_policy_ros.sim.instructions import parse_instruction
+from vla_policy_ros.sim.scene import HELD_OUT_KINDS, Variation
+from vla_policy_ros.sim.tasks import TASKS, Conditions, Episode, Outcome, Task, TaskState
+from vla_policy_ros.sim.tasks.reach import ATTEMPT_SHIFT
+from vla_policy_ros.sim.world import TabletopWorld
+
+PERIOD, TICKS = 0.1, 10
+
+
+@pytest.fixture(scope='module')
+def world() -> Iterator[TabletopWorld]:
+    made = TabletopWorld()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope='module')
+def kinematics() -> ArmKinematics:
+    return ArmKinematics()
+
+
+def play(task: Task, episode: Episode, world: TabletopWorld, kinematics: ArmKinematics) -> Outcome:
+    """The expert in the physics, looking after every action."""
+    world.reset_to(episode.scene)
+    commanded = world.joint_state()[0]
+    for _ in range(round(task.seconds / PERIOD)):
+        state = TaskState(commanded, np.stack([world.object_position(slot) for slot in range(len(world.objects))]))
+        goal = task.step(kinematics, state, episode, PERIOD).q
+        velocity = (goal - commanded) / PERIOD
+        for tick in range(1, TICKS + 1):
+            world.set_position_targets(commanded + (goal - commanded) * tick / TICKS, velocity)
+            world.step(PERIOD / TICKS)
+        commanded = goal
+    return task.measure(world, episode)
+
+
+@pytest.mark.parametrize('name', TASKS)
+def test_the_expert_succeeds_in_the_physics(name: str, world: TabletopWorld, kinematics: ArmKinematics) -> None:
+    ends = [play(TASKS[name], TASKS[name].sample(seed, Conditions()), world, kinematics) for seed in range(12)]
+    assert sum(end.success for end in ends) >= 11, [(end.failure, round(end.error, 3)) for end in ends if not end.success]
+    assert all(end.failure == '' for end in ends if end.success)
+
+
+@pytest.mark.parametrize('name', TASKS)
+def test_episodes_are_their_seeds_and_training_draws_other_scenes(name: str) -> None:
+    task = TASKS[name]
+    first, again = (task.sample(3, Conditions()) for _ in range(2))
+    assert first.instruction == again.instruction and first.targets == again.targets
+    assert first.scene.objects == again.scene.objects and first.scene.fovy == again.scene.fovy
+    made = task.training_episodes(SCENE_SEED_BASE + 5)
+    assert all(episode.scene is made[0].scene for episode in made) and made[0].scene.seed == SCENE_SEED_BASE + 5
+    assert name in MIX and all(episode.task == name for episode in made)
+
+
+def test_a_reach_names_its_target_and_no_other() -> None:
+    for naming in ('any', 'full', 'colour', 'shape'):
+        for seed in range(30):
+            episode = TASKS['reach'].sample(seed, Conditions(naming=naming))
+            named = parse_instruction(episode.instruction, episode.scene.objects).object
+            assert named is episode.scene.objects[episode.targets[0]], episode.instruction
+            if naming == 'shape':
+                assert named.colour not in episode.instruction
+
+
+def test_held_out_kinds_are_what_is_reached_for() -> None:
+    episodes = [TASKS['reach'].sample(seed, Conditions(scene=Variation(kinds='held_out'))) for seed in range(30)]
+    named = {(o.colour, o.shape) for e in episodes for o in (e.scene.objects[e.targets[0]],)}
+    assert named == set(HELD_OUT_KINDS)
+
+
+def test_held_out_sentences_are_none_of_the_trained_ones() -> None:
+    for name, task in TASKS.items():
+        trained, held_out = (
+            {e.instruction.replace(e.scene.objects[e.targets[0]].name, '{}') for e in (task.sample(s, c) for s in range(150))}
+            for c in (Conditions(naming='full'), Conditions(naming='full', phrasing='held_out'))
+        )
+        assert not trained & held_out, name
+        assert len(held_out) > 1
+
+
+def test_scenes_of_small_seeds_stay_below_those_of_training() -> None:
+    scenes = [TASKS['reach'].sample(seed, Conditions(naming='shape')).scene.seed for seed in range(200)]
+    assert max(scenes) >= 1 << ATTEMPT_SHIFT, 'some scene had no shape of its own and another one was taken'
+    assert max(scenes) < SCENE_SEED_BASE
+
+
+def test_twins_count_both_and_a_neighbour_counts_as_wrong(world: TabletopWorld, kinematics: ArmKinematics) -> None:
+    task = TASKS['reach_any']
+    episode = task.sample(1, Conditions())
+    for wanted, failure in ((episode.targets[0], ''), (episode.targets[1], ''), (2, 'wrong_object')):
+        aimed = Episode('reach', episode.scene, '', (wanted,))
+        play(TASKS['reach'], aimed, world, kinematics)
+        assert task.measure(world, episode).failure == failure
+    world.reset_to(episode.scene)
+    assert task.measure(world, episode).failure == 'timed_out'
+
+
+def test_a_push_is_judged_by_where_the_cube_is(world: TabletopWorld) -> None:
+    task = TASKS['push']
+    episode = task.sample(2, Conditions())
+    (target,), zone = episode.targets, episode.scene.zone
+    assert episode.scene.objects[target].shape == 'cube' and zone.colour in episode.instruction
+    world.reset_to(episode.scene)
+    assert task.measure(world, episode).failure == 'timed_out'
+    places = np.stack([world.object_position(slot) for slot in range(3)])
+    for slot, shift, failure in ((target, 0.03, ''), (target, 0.07, 'missed'), ((target + 1) % 3, 0.0, 'wrong_object')):
+        moved = places.copy()
+        moved[slot, :2] = [zone.x + shift, zone.y]
+        world.put_objects(moved)
+        outcome = task.measure(world, episode)
+        assert outcome.failure == failure and outcome.success == (failure == ''), (slot, shift)
+
+
+@pytest.mark.parametrize(
+    ('name', 'conditions', 'message'),
+    [
+        ('push', Conditions(naming='shape'), 'names its objects in full'),
+        ('reach_any', Conditions(naming='colour'), 'names its objects in full'),
+        ('reach_any', Conditions(scene=Variation(kinds='held_out')), 'no held-out kinds'),
+    ],
+)
+def test_conditions_that_do_not_fit_are_refused(name: str, conditions: Conditions, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TASKS[name].sample(0, conditions)
