@@ -10,7 +10,8 @@ Enters: an objective. Leaves: the same objective, wrapped. The thread that train
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from vla_policy_ros.model.deep_fusion import CALL_BACK
@@ -80,6 +81,8 @@ class Parallel:
             setattr(layer, CALL_BACK, MethodType(_call_back, layer))
             fully_shard(layer, **options)
             register_fsdp_forward_method(layer, CALL_BACK)
+        # Keys and values leave a layer as views; nobody writes into them, which is what the warning is about.
+        warnings.filterwarnings('ignore', message='FSDP2-wrapped module .* returned a view tensor')
         fully_shard(objective, **options)
         register_fsdp_forward_method(objective, 'sample')
         return objective
@@ -101,6 +104,21 @@ class Parallel:
             return
         with self._wrapped.no_sync():
             yield
+
+    def release(self) -> None:
+        """Drop gathered weights: after a forward pass without a backward pass the outermost ones would stay, however they change."""
+        for module in [] if self._wrapped is None else self._wrapped.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of ``loss``, which other processes average with theirs."""
+        self.accelerator.backward(loss)
+
+    def clip_gradients(self, parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
+        """Scale all gradients down where their norm exceeds ``largest``; the norm before, of the whole gradient."""
+        norm: Tensor = self.accelerator.clip_grad_norm_(list(parameters), largest)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over all processes, on the CPU."""

@@ -158,6 +158,7 @@ class Trainer:
         self.objective.eval()
         with self.average.in_place():
             yield
+            self.parallel.release()
         self.objective.train()
 
     @torch.no_grad()
@@ -266,10 +267,9 @@ class Trainer:
             with parallel.accumulate(last=turn == options.gradient_accumulation - 1):
                 measured = parallel(batch)
                 # Processes average their gradients; each counts by its share of the step's examples.
-                loss = measured.pop('loss') * (examples * parallel.world / total)
-                parallel.accelerator.backward(loss)
+                parallel.backward(measured['loss'] * (examples * parallel.world / total))
             window.add(measured, examples)
-        norm = parallel.accelerator.clip_grad_norm_(self.parameters.values(), options.clip_norm)
+        norm = parallel.clip_gradients(self.parameters.values(), options.clip_norm)
         if not bool(torch.isfinite(norm)):
             raise FloatingPointError(f'step {self.step}: the norm of the gradient is {float(norm)}; lower the learning rate')
         self.optimizer.step()
