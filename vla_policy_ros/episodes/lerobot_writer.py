@@ -209,7 +209,7 @@ class LeRobotWriter:
 
     def _begin_video(self, video: _Video) -> tuple[_Place, float]:
         """Where the next episode begins: file, and second in it."""
-        if video.writer is not None and video.writer.path.stat().st_size >= VIDEO_FILE_MB * _MB:
+        if video.writer is not None and video.writer.size_bytes >= VIDEO_FILE_MB * _MB:
             video.writer.close()
             video.writer = None
             video.place.advance()

@@ -87,6 +87,9 @@ class VideoWriter:
         path: the file; its folder must exist.
         codec: one of `ENCODERS`.
         fps, width, height: of all frames.
+
+    Attributes:
+        count: frames so far; ``size_bytes``: what they take. The file itself appears when the encoder lets go of the first.
     """
 
     def __init__(self, path: Path, codec: str, fps: int, width: int, height: int) -> None:
@@ -94,7 +97,7 @@ class VideoWriter:
         self.path, self.fps, self.size = path, fps, (width, height)
         # Chroma at half the resolution needs even sides.
         self.pixel_format = 'yuv420p' if width % 2 == 0 and height % 2 == 0 else 'yuv444p'
-        self.count = 0
+        self.count = self.size_bytes = 0
         self._container = av.open(str(path), 'w', format='mp4')
         self._stream = self._container.add_stream(encoder, rate=fps, options=options)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, self.pixel_format
@@ -107,13 +110,18 @@ class VideoWriter:
             raise VideoError(f'{self.path.name} has images of {self.size[0]}x{self.size[1]}, not {rgb.shape[1]}x{rgb.shape[0]}')
         frame = av.VideoFrame.from_ndarray(rgb, format='rgb24')
         frame.pts, frame.time_base = self.count, Fraction(1, self.fps)
-        self._container.mux(self._stream.encode(frame))
+        self._mux(frame)
         self.count += 1
 
     def close(self) -> None:
         """Finish the file."""
-        self._container.mux(self._stream.encode(None))
+        self._mux(None)
         self._container.close()
+
+    def _mux(self, frame: Any) -> None:
+        for packet in self._stream.encode(frame):
+            self.size_bytes += packet.size
+            self._container.mux(packet)
 
     def abort(self) -> None:
         """Close the file without finishing it."""
