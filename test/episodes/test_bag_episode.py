@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bag_writing import controller_state, joint_state, point, text, trajectory
-from recordings import (
+from episode_recordings import (
     BEGIN,
     COMMAND,
     FPS,

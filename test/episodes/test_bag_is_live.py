@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from recordings import ROBOT, entries, record
+from episode_recordings import ROBOT, entries, record
 from rosbags.highlevel import AnyReader
 
 from vla_policy_ros.control.limits import JointLimits

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from bag_writing import joint_state
-from recordings import (
+from episode_recordings import (
     BEGIN,
     COMMAND,
     FPS,

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from recordings import FPS, ROBOT, ROBOT_TEXT, number_of, picture, position, target
+from episode_recordings import FPS, ROBOT, ROBOT_TEXT, number_of, picture, position, target
 
 from vla_policy_ros.episodes.bag_episode import BagEpisode
 from vla_policy_ros.episodes.episode import EpisodeError

@@ -31,10 +31,20 @@ def is_lerobot(path: Path) -> bool:
 
 
 def is_bag(path: Path) -> bool:
-    """Whether ``path`` is a bag: a folder of one, finished or not, or one of its storage files."""
-    if path.is_dir():
-        return (path / 'metadata.yaml').is_file() or any(file.suffix in STORAGE_SUFFIXES for file in path.iterdir())
-    return path.suffix in STORAGE_SUFFIXES and path.is_file()
+    """Whether ``path`` is a bag: a folder of one, or one of its storage files.
+
+    Without ``metadata.yaml``, which a recorder writes at the end, a folder is one bag if it holds one storage file, or only files
+    that are named after it; else it is a folder of bags.
+    """
+    if not path.is_dir():
+        return path.suffix in STORAGE_SUFFIXES and path.is_file()
+    if (path / 'metadata.yaml').is_file():
+        return True
+    children = list(path.iterdir())
+    files = [child for child in children if child.suffix in STORAGE_SUFFIXES and child.is_file()]
+    if any(is_bag(child) for child in children if child.is_dir()):
+        return False
+    return len(files) == 1 or (len(files) > 1 and all(file.stem.startswith(path.name) for file in files))
 
 
 def find_episodes(
