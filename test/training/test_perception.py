@@ -62,7 +62,7 @@ def test_unknown_labels_cost_nothing_and_leave_finite_gradients(head: Perception
     total = sum(losses[name] * weight for name, weight in LOSS_WEIGHTS.items())
     total.backward()
     assert torch.isfinite(tokens.grad).all()
-    nothing = {'kinds': torch.zeros(1, 0, 2, dtype=torch.long), 'pixels': torch.zeros(1, 1, 0, 2), 'points': torch.zeros(1, 1, 0, 3)}
+    nothing = {'kinds': torch.zeros(1, 0, 2).long(), 'pixels': torch.zeros(1, 1, 0, 2), 'points': torch.zeros(1, 1, 0, 3)}
     losses = head(tokens, **nothing, depth=torch.full((1, 1, 16, 16), NAN))
     assert all(float(losses[name]) == 0.0 for name in LOSS_WEIGHTS)
 

@@ -38,7 +38,7 @@ MIX: dict[str, float] = {'reach': 0.62, 'reach_any': 0.12, 'push': 0.26}
 LABELLED_SHAPES = (*SHAPES, 'zone')
 
 SCENE_SEED_BASE = 1 << 32
-"""Scene seeds of the training stream start here, so that smaller seeds, which demos, tests and evaluations use, are never trained."""
+"""Scene seeds of the training stream start here, so that smaller ones, which demos, tests and evaluations use, are never seen."""
 
 
 @dataclass(frozen=True)

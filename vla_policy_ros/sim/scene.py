@@ -237,9 +237,9 @@ def _kinds(rng: np.random.Generator, variation: Variation) -> list[tuple[str, st
             colours[1], shapes[1] = colours[0], shapes[0]
         kinds = list(zip(colours, shapes, strict=True))
         ordinary = kinds[1:] if variation.kinds == 'held_out' else kinds
+        as_wanted = variation.twins or (len(set(colours)) < OBJECT_SLOTS) == shared
         alike = len(kinds) - len(set(kinds))
-        shares = len(set(colours)) < OBJECT_SLOTS
-        if not any(kind in HELD_OUT_KINDS for kind in ordinary) and alike == int(variation.twins) and (variation.twins or shares == shared):
+        if as_wanted and alike == int(variation.twins) and not any(kind in HELD_OUT_KINDS for kind in ordinary):
             return kinds
 
 

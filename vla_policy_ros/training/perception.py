@@ -1,9 +1,9 @@
 """Auxiliary losses on the image tokens before any word is read: what lies where, and how far away.
 
-A small network that is trained from nothing has to learn to see before a sentence can mean anything. Where a simulator knows the
-objects of a scene, small heads ask each image token whether an object's centre lies in its patch, and there for colour, shape, offset
-inside the patch, and place in the base frame; every token is asked for the depth behind it. Place and depth need the intrinsics, which
-makes the geometry trunk use them. The heads belong to the trainer; the checkpoint does not contain them.
+A small network that is trained from nothing has to learn to see before a sentence can mean anything. Where a simulator knows
+the objects of a scene, small heads ask each image token whether an object's centre lies in its patch, and there for colour,
+shape, offset inside the patch, and place in the base frame; every token is asked for the depth behind it. Place and depth need
+the intrinsics, which makes the geometry trunk use them. The heads belong to the trainer; the checkpoint does not contain them.
 """
 
 from __future__ import annotations
@@ -67,14 +67,13 @@ class PerceptionHead(nn.Module):
             'centre': self._centre_loss(tokens, cell, seen),
             'offset': _mean((self.offset(at) - (position - position.floor() - 0.5)[seen]).square()),
             'point': _mean(
-                F.smooth_l1_loss(
-                    self.point(at[placed]), (points[seen][placed] - origin) / POINT_UNIT, beta=0.1, reduction='none'
-                )
+                F.smooth_l1_loss(self.point(at[placed]), (points[seen][placed] - origin) / POINT_UNIT, beta=0.1, reduction='none')
             ),
             'depth': self._depth_loss(tokens, depth),
         }
         with torch.no_grad():
-            accuracy = {f'{name}_accuracy': _mean((logits.argmax(-1) == label).float()) for name, (logits, label) in answers.items()}
+            right = {name: (logits.argmax(-1) == label).float() for name, (logits, label) in answers.items()}
+            accuracy = {f'{name}_accuracy': _mean(values) for name, values in right.items()}
         return {**losses, **accuracy}
 
     def _centre_loss(self, tokens: Tensor, cell: Tensor, seen: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What a task is: how an episode is drawn, what the expert does in it, and how its end is judged.
 
-Experts are memoryless and kinematic: from joint positions and the places of the objects follows the next target, and a task says how
-it carries the objects along. A chunk of such steps needs no physics, and any state is a valid start, so that training examples can
+Experts are memoryless and kinematic: from joint positions and the places of the objects follows the next target, and a task
+says how it carries the objects along. A chunk of such steps needs no physics, and any state is a valid start, so that training examples can
 be drawn without playing episodes.
 
 Enters: seeds and conditions. Leaves: episodes, expert steps, outcomes. Pure, but for the `ArmKinematics` that is handed in.

@@ -1,7 +1,7 @@
 """Pushing: the named cube ends in the coloured zone.
 
-The expert is memoryless: the tool belongs behind the object, on the line from the zone through its centre. From elsewhere it is drawn
-there from above, down a funnel; behind the object and low, it drives forward and steers back to the line.
+The expert is memoryless: the tool belongs behind the object, on the line from the zone through its centre. From elsewhere it is
+drawn there from above, down a funnel; behind the object and low, it drives forward and steers back to the line.
 """
 
 from __future__ import annotations
@@ -108,9 +108,7 @@ def _contact(spec: ObjectSpec) -> float:
     return spec.size[0] * 1.13 + TOOL_RADIUS
 
 
-def _way(
-    tool: NDArray[np.float64], centre: NDArray[np.float64], spec: ObjectSpec, zone: Zone
-) -> tuple[NDArray[np.float64], float]:
+def _way(tool: NDArray[np.float64], centre: NDArray[np.float64], spec: ObjectSpec, zone: Zone) -> tuple[NDArray[np.float64], float]:
     """Way ``[3]`` for the tool, and its speed limit, m/s."""
     to_zone = np.array([zone.x, zone.y]) - centre[:2]
     remaining = float(np.linalg.norm(to_zone))
