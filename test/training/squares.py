@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from vla_policy_ros.policy.checkpoint import new_model, new_processor
 from vla_policy_ros.robot import Robot, load_robot
 from vla_policy_ros.training.config import TrainingConfig
 from vla_policy_ros.training.dataset import ExampleSet
+from vla_policy_ros.training.scenes import ExampleScenes
+from vla_policy_ros.training.trainer import Trainer, fit_statistics
 from vla_policy_ros.types import CameraView, Observation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,3 +81,18 @@ def settings(folder: Path, data: Path | None = None, **sections: Any) -> dict[st
 def config(folder: Path, **sections: Any) -> TrainingConfig:
     """The same, validated."""
     return TrainingConfig.model_validate(settings(folder, **sections))
+
+
+def make_trainer(robot: Robot, data: ExampleSet, folder: Path, **sections: Any) -> Trainer:
+    """A trainer of the tiny network with a small training file, whose ``sections`` are changed."""
+    scenes, options = ExampleScenes(data), config(folder, **sections)
+    model = new_model(robot, 'tiny', changes=options.network)
+    processor = new_processor(robot, 'tiny', model.config)
+    processor = new_processor(robot, 'tiny', model.config, fit_statistics(scenes, processor))
+    return Trainer(model, processor, scenes, options, folder, scenes)
+
+
+def rows(folder: Path, event: str) -> list[dict[str, Any]]:
+    """The rows of the log in a run folder of one kind of event."""
+    lines = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+    return [line for line in lines if line['event'] == event]

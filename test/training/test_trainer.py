@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from squares import config, example_set, tabletop_robot
+from squares import example_set, make_trainer, rows, tabletop_robot
 
-from vla_policy_ros.policy.checkpoint import new_model, new_processor
 from vla_policy_ros.robot import Robot
 from vla_policy_ros.training.config import Optimisation
 from vla_policy_ros.training.dataset import ExampleSet
 from vla_policy_ros.training.scenes import Draw, ExampleScenes, StepPlan
 from vla_policy_ros.training.state import StateError
-from vla_policy_ros.training.trainer import Trainer, fit_statistics, learning_rate
+from vla_policy_ros.training.trainer import learning_rate
 
 
 @pytest.fixture(scope='module')
@@ -28,19 +26,6 @@ def robot() -> Robot:
 @pytest.fixture(scope='module')
 def data() -> ExampleSet:
     return example_set(24)
-
-
-def make_trainer(robot: Robot, data: ExampleSet, folder: Path, **sections: Any) -> Trainer:
-    scenes, options = ExampleScenes(data), config(folder, **sections)
-    model = new_model(robot, 'tiny', changes=options.network)
-    processor = new_processor(robot, 'tiny', model.config)
-    processor = new_processor(robot, 'tiny', model.config, fit_statistics(scenes, processor))
-    return Trainer(model, processor, scenes, options, folder, scenes)
-
-
-def rows(folder: Path, event: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
-    return [line for line in lines if line['event'] == event]
 
 
 def test_learning_rate_rises_then_falls() -> None:

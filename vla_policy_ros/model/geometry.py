@@ -224,7 +224,7 @@ class AlternatingAttention(nn.Module):
         scale = self.proj_embed(scale_token).expand(batch, 1, -1)
         if self.use_reference_code:
             first = view_mask & (torch.cumsum(view_mask.to(torch.long), dim=1) == 1)
-            tokens = tokens + first[:, :, None, None].to(tokens.dtype) * self.view_pos_table
+            tokens = tokens + first[:, :, None, None].to(tokens.dtype) * self.view_pos_table.to(tokens.dtype)
         width = tokens.shape[-1]
         keys = torch.cat((view_mask.repeat_interleave(length, dim=1), view_mask.new_ones(batch, 1)), dim=1)
         allowed = keys[:, None, None, :]

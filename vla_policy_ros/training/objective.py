@@ -39,7 +39,28 @@ class Seen:
     prefix_tokens: Tensor | None
 
 
-class Grounding(nn.Module):
+class Auxiliary(nn.Module):
+    """A head with its loss.
+
+    Attributes:
+        needs: labels that it reads from the batch.
+        of_prefix: whether it looks at `Seen.prefix_tokens`.
+    """
+
+    needs: tuple[str, ...] = ()
+    of_prefix = False
+
+    def measure(self, seen: Seen, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``loss``, and what to log beside it."""
+        raise NotImplementedError
+
+    def forward(self, seen: Seen, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What `measure` answers. Every process gets a gradient for every weight, whatever its examples show."""
+        made = self.measure(seen, batch)
+        return {**made, 'loss': made['loss'] + sum(weight.sum() * 0.0 for weight in self.parameters())}
+
+
+class Grounding(Auxiliary):
     """Where the named object is, from the prefix; needs ``target_pixels``."""
 
     needs = ('target_pixels',)
@@ -49,14 +70,14 @@ class Grounding(nn.Module):
         super().__init__()
         self.head = GroundingHead(config.hidden_size, config.vision_config.patch_size, config.image_grid)
 
-    def forward(self, seen: Seen, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def measure(self, seen: Seen, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """``loss``, and what to log beside it."""
         assert seen.prefix_tokens is not None  # `of_prefix`
         made = self.head(seen.prefix_tokens, batch['target_pixels'])
         return {'loss': made.total, 'patch': made.patch.detach(), 'accuracy': made.accuracy}
 
 
-class Perception(nn.Module):
+class Perception(Auxiliary):
     """What lies where and how far away, from the image tokens before any word is read; needs the labels of a simulator."""
 
     needs = ('object_kinds', 'object_pixels', 'object_points', 'depth')
@@ -66,7 +87,7 @@ class Perception(nn.Module):
         super().__init__()
         self.head = PerceptionHead(config.hidden_size, config.vision_config.patch_size, config.image_grid)
 
-    def forward(self, seen: Seen, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def measure(self, seen: Seen, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """``loss``, and what to log beside it."""
         made = self.head(seen.image_tokens, *(batch[name] for name in self.needs))
         loss = sum((weight * made[name] for name, weight in LOSS_WEIGHTS.items()), torch.zeros(()))
@@ -81,7 +102,8 @@ class Objective(nn.Module):
 
     Args:
         model: the network.
-        weights: name in `AUXILIARY`, or ``flow``, to factor; a loss of factor 0 is left out. Without the flow loss and losses of the
+        weights: name in `AUXILIARY`, or ``flow``, to factor; a loss of factor 0 is left out. Without the flow loss and losses of
+        the
             prefix, only the towers run.
         repeats: (noise, time) draws per prefix.
         seed: of the heads' fresh weights.
@@ -109,9 +131,9 @@ class Objective(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss, and detached measurements: means over the batch unless said otherwise.
 
-        ``loss``: float32 scalar with gradients. ``flow`` (where the network acts); ``<head>`` and ``<head>_<measurement>`` of each auxiliary loss;
-        ``loss_per_dim [A]``; ``cosine_sum`` and ``cosine_count`` ``[TIME_BINS]``: cosines between predicted and true velocity by
-        bins of t, from 0 to 1.
+        ``loss``: float32 scalar with gradients. ``flow`` (where the network acts); ``<head>`` and ``<head>_<measurement>`` of each
+        auxiliary loss; ``loss_per_dim [A]``; ``cosine_sum`` and ``cosine_count`` ``[TIME_BINS]``: cosines between predicted and
+        true velocity by bins of t, from 0 to 1.
         """
         features = self._image_features(batch)
         loss, measured, hidden = features.new_zeros(()).float(), {}, None
@@ -133,8 +155,7 @@ class Objective(nn.Module):
             for name, head in self.heads.items():
                 made = head(seen, batch)
                 part = made.pop('loss')
-                # Every process must have a gradient for every weight of a head, whatever its examples show.
-                loss = loss + self.weights[name] * part + sum(weight.sum() * 0.0 for weight in head.parameters())
+                loss = loss + self.weights[name] * part
                 measured |= {name: part.detach(), **{f'{name}_{key}': value.detach() for key, value in made.items()}}
         return {'loss': loss, **measured}
 

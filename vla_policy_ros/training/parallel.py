@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from vla_policy_ros.model.deep_fusion import CALL_BACK
 from vla_policy_ros.training.config import TrainingConfig
@@ -44,16 +45,18 @@ class Parallel:
     """
 
     def __init__(self, config: TrainingConfig) -> None:
-        self._sharded = config.sharding == 'fsdp'
-        self._bfloat16 = config.precision == 'bfloat16'
         # The precision is set here, per run: Accelerate's is one for the life of a process.
         self.accelerator = Accelerator(mixed_precision='no', cpu=not torch.cuda.is_available())
+        self._sharded = config.sharding == 'fsdp' and self.accelerator.num_processes > 1
+        self._bfloat16 = config.precision == 'bfloat16'
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
+        self._objective: Any = None
         self._wrapped: Any = None
 
     def wrap(self, objective: Objective) -> None:
         """Place the objective on its devices. Its parameters may be other objects afterwards."""
+        self._objective = objective
         if self.world == 1:
             objective.to(self.device)
             self._wrapped = objective
@@ -66,13 +69,15 @@ class Parallel:
             self._wrapped = self.accelerator.prepare_model(objective)
 
     def _shard(self, objective: Objective) -> nn.Module:
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        # Weights are gathered in the precision of the run. Inputs keep theirs: times and actions are compared in float32.
+        gathered = DTYPES['bfloat16'] if self._bfloat16 else None
         options: dict[str, Any] = {
-            'mesh': init_device_mesh(self.device.type, (self.world,)),
-            # Inputs keep their precision: times and actions are compared in float32.
-            'mp_policy': MixedPrecisionPolicy(
-                param_dtype=DTYPES['bfloat16'] if self._bfloat16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
-            ),
+            'mesh': mesh,
+            'mp_policy': MixedPrecisionPolicy(gathered, reduce_dtype=torch.float32, cast_forward_inputs=False),
         }
+        for head in objective.heads.values():
+            fully_shard(head, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
         for module in list(objective.modules()):
             if type(module).__name__ in _TOWER_LAYERS:
                 fully_shard(module, **options)
@@ -88,18 +93,28 @@ class Parallel:
         return objective
 
     def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The objective's forward pass, in the precision of the run."""
-        with torch.autocast(self.device.type, dtype=DTYPES['bfloat16'], enabled=self._bfloat16):
-            return self._wrapped(self.to_device(batch))
+        """The objective's forward pass, in the precision of the run.
 
-    def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The batch on this process's device."""
+        In bfloat16, copies keep float32 weights and cast each matrix product; shards are gathered in bfloat16, as the node runs them.
+        """
+        with self._precision():
+            return self._wrapped(self._on_device(batch))
+
+    def sample(self, batch: dict[str, Tensor]) -> Tensor:
+        """Chunks of the objective's network, ``[B, T, A]``, in the precision of the run; on the CPU."""
+        with self._precision():
+            return self._objective.sample(self._on_device(batch)).cpu()
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=DTYPES['bfloat16'], enabled=self._bfloat16 and not self._sharded)
+
+    def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
         """One micro-batch; copies exchange gradients in the last one only, shards in every one, which keeps them small."""
-        if last or self._sharded or self.world == 1:
+        if last or not isinstance(self._wrapped, DistributedDataParallel):
             yield
             return
         with self._wrapped.no_sync():

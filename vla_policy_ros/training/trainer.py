@@ -98,6 +98,7 @@ class Trainer:
             # Plain matrix products: the fused kernel's backward pass is several times slower on a CPU.
             model.vision_tower.set_attn_implementation('eager')
         if config.gradient_checkpointing:
+            # The name that all supported versions of transformers know.
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
         self.parallel.wrap(self.objective)
         self.parameters = trained(self.objective)
@@ -189,7 +190,7 @@ class Trainer:
 
     def _action_error(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean absolute error of sampled chunks, robot units."""
-        chunk = self.objective.sample(self.parallel.to_device(batch)).cpu()
+        chunk = self.parallel.sample(batch)
         made = self.processor.unnormalize_actions(chunk, batch['robot_state'].numpy())
         error = torch.from_numpy(np.abs(made - batch['robot_actions'].numpy()))
         counted = ~batch['action_is_pad'] if 'action_is_pad' in batch else torch.ones(error.shape[:2], dtype=torch.bool)
