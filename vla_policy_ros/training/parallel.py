@@ -95,7 +95,7 @@ class Parallel:
     def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The objective's forward pass, in the precision of the run.
 
-        In bfloat16, copies keep float32 weights and cast each matrix product; shards are gathered in bfloat16, as the node runs them.
+        In bfloat16, copies keep float32 weights and cast each matrix product; shards are gathered in bfloat16.
         """
         with self._precision():
             return self._wrapped(self._on_device(batch))
@@ -121,7 +121,7 @@ class Parallel:
             yield
 
     def release(self) -> None:
-        """Drop gathered weights: after a forward pass without a backward pass the outermost ones would stay, however they change."""
+        """Drop gathered weights: after a forward pass without a backward pass the outermost ones would stay, outdated."""
         for module in [] if self._wrapped is None else self._wrapped.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
