@@ -196,7 +196,7 @@ def initialise_from_nothing(model: MapAnythingLlava3DForConditionalGeneration) -
     """
     grid = model.config.image_grid
     embedding = model.vision_tower.embeddings.position_embedding.weight
-    embedding.copy_(_grid_code(grid, embedding.shape[1]))
+    embedding[-(grid**2) :] = _grid_code(grid, embedding.shape[1])  # behind a CLIP tower's class token
     if model.geometry_encoder is not None:
         table = model.geometry_encoder.encoder.model.pos_embed
         table[:, 1:] = _grid_code(model.config.geometry_config.pos_embed_grid, table.shape[2])
