@@ -25,8 +25,13 @@ setup:  ## create or update .venv (PYTHON=/path/to/python chooses the interprete
 demo: setup  ## simulator and policy in a closed loop (ARGS='--headless --seconds 30 --json d.json')
 	@$(RUN) vla-policy demo $(ARGS)
 
+# All tests: on every core, but for those that talk over DDS, which measure time and get the machine to themselves.
 test: setup  ## run the tests (ARGS='-k packaging')
+ifeq ($(strip $(ARGS)),)
+	@$(RUN) export OMP_NUM_THREADS=1; python -m pytest -n logical --dist loadfile -m 'not dds' && python -m pytest -m dds
+else
 	@$(RUN) export OMP_NUM_THREADS=1; python -m pytest $(ARGS)
+endif
 
 lint: setup  ## ruff and mypy
 	@$(RUN) ruff check . && mypy
