@@ -39,15 +39,16 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     'control': ({'robot', 'types'}, {'numpy'}),
     'control/kinematics': (set(), {'numpy', 'mujoco'}),  # on demand: see test_importing_a_room_stays_light
     'runtime': (BELOW_RUNTIME, {'numpy'}),
-    'ros': ({'runtime', *BELOW_RUNTIME, 'resources'}, {'numpy', 'cv2', 'av', 'rosbags', *ROS}),
+    'ros': ({'episodes', 'runtime', *BELOW_RUNTIME, 'resources'}, {'numpy', 'cv2', 'av', 'rosbags', *ROS}),
     'replay': ({'runtime', *BELOW_RUNTIME, 'resources'}, {'numpy', 'rosbags', 'matplotlib'}),
+    'episodes/sim_recording': ({'sim', 'episodes', 'robot', 'types'}, {'numpy'}),  # the simulator as a robot that can be recorded
     'episodes': ({'replay', 'runtime', 'observation', 'control', 'robot', 'strict_yaml', 'types'}, EPISODE_LIBRARIES),
     'training': (BELOW_TRAINING, {'numpy', *NETWORK, *TRAINING_TOOLS}),
     'training/tabletop': ({'sim', *BELOW_TRAINING}, {'numpy', *NETWORK}),  # the simulator's examples; the trainer takes any
     'sim': ({'control', 'robot', 'types', 'resources'}, {'numpy', 'mujoco', 'cv2'}),
     'sim/ros_node': ({'sim', 'control', 'robot', 'types', 'resources'}, {'numpy', *ROS}),
     'demo': ({'ros', 'sim', *BELOW_RUNTIME, 'resources'}, {'numpy', 'cv2', 'av', 'rich', 'rosbags', 'yaml'}),
-    'evaluation': ({'demo', 'ros', 'runtime', 'sim', *BELOW_RUNTIME, 'resources'}, {'numpy', 'rich'}),
+    'evaluation': ({'demo', 'ros', 'runtime', 'sim', *BELOW_RUNTIME, 'resources'}, {'numpy', 'rich', 'yaml'}),
     'robot_report': ({'robot'}, {'rich'}),
     'cli': (
         {'demo', 'episodes', 'evaluation', 'robot_report', 'ros', 'replay', 'training', 'sim', *BELOW_RUNTIME, 'resources'},

@@ -241,6 +241,49 @@ def _recordings(bag: Path | None, topic: str | None, preferred: Sequence[str], s
 
 
 @app.command()
+def record(
+    out: Annotated[Path, typer.Argument(help='Folder; each episode becomes a bag (mcap) in it, numbered after those there.')],
+    *,
+    robot: RobotOption,
+    episodes: Annotated[int, typer.Option(min=0, help='How many; 0 is until Ctrl-C.')] = 1,
+    seconds: Annotated[float | None, typer.Option(min=0.1, help='Length of each; else until Enter, ~/toggle or Ctrl-C.')] = None,
+    pause: Annotated[float, typer.Option(min=0.0, help='Between two that begin by themselves, s.')] = 0.0,
+    instruction: Annotated[str | None, typer.Option(help='Published meanwhile; else what others publish is recorded.')] = None,
+    patience: Annotated[float, typer.Option(min=0.1, help='How long to wait for the inputs, s.')] = 30.0,
+    use_sim_time: Annotated[bool, typer.Option('--use-sim-time', help='Take the time of /clock.')] = False,
+    sim: Annotated[bool, typer.Option('--sim', help='The simulator with its scripted expert instead of a robot; no ROS.')] = False,
+    task: Annotated[str, typer.Option(help='Task of --sim.')] = 'reach',
+    seed: Annotated[int, typer.Option(min=0, help='Scenes of --sim.')] = 0,
+) -> None:
+    """Record episodes of a live robot, or of the simulator, with a note of where they come from."""
+    from vla_policy_ros.resources import robot_path
+    from vla_policy_ros.robot import load_robot
+
+    def tell(line: str) -> None:
+        typer.echo(line, err=True)
+
+    with _sentence_instead_of_traceback(OSError, ValueError):
+        path = robot_path(robot)
+        resolved = load_robot(path)
+        if sim:
+            from vla_policy_ros.episodes.sim_recording import record_simulated
+            from vla_policy_ros.sim.render_error import RenderError
+
+            with _sentence_instead_of_traceback(RenderError):
+                recorded = record_simulated(resolved, out, task, seed, max(1, episodes), seconds, tell)
+            raise typer.Exit(0 if recorded else 1)
+        try:
+            from vla_policy_ros.ros.episode_recorder import RecordingError, RecordingOptions, record_episodes
+        except ImportError as error:
+            raise ValueError(f'recording needs ROS 2 ({error}): source its setup file, or give --sim') from error
+        text = path.read_text(encoding='utf-8')
+        options = RecordingOptions(out, text, episodes, seconds, pause, instruction, use_sim_time, patience)
+        with _sentence_instead_of_traceback(RecordingError):
+            finished = record_episodes(resolved, options, tell)
+    raise typer.Exit(0 if finished else 1)
+
+
+@app.command()
 def dataset(
     source: Annotated[Path, typer.Argument(help='A bag, a folder of bags, or a LeRobot dataset (v2.0, v2.1, v3.0).')],
     destination: Annotated[Path | None, typer.Argument(help='New folder. Without it, the source is only looked at.')] = None,

@@ -16,8 +16,8 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 
 from vla_policy_ros.episodes.bag_writer import write_bag
-from vla_policy_ros.episodes.episode import PROVENANCE_FILE, Episode, EpisodeError, robot_digest, software
-from vla_policy_ros.episodes.lerobot_writer import LeRobotWriter, write_json
+from vla_policy_ros.episodes.episode import PROVENANCE_FILE, Episode, EpisodeError, robot_digest, software, write_json
+from vla_policy_ros.episodes.lerobot_writer import LeRobotWriter
 from vla_policy_ros.episodes.quality import EpisodeQuality, StaleCounter, judge_episode, look_at
 from vla_policy_ros.episodes.sources import EpisodeSource
 from vla_policy_ros.episodes.video import VideoError, choose_codec

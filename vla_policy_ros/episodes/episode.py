@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +23,7 @@ from vla_policy_ros.robot import Robot
 from vla_policy_ros.types import Observation
 
 PROVENANCE_FILE = 'provenance.json'
+_NUMBERED = re.compile(r'episode_(\d{6,})')
 
 
 class EpisodeError(ValueError):
@@ -153,6 +156,19 @@ def software() -> str:
 def robot_digest(robot: Robot) -> str:
     """SHA-256 of what a robot file says, without the path of its URDF, hexadecimal."""
     return hashlib.sha256(robot.model_dump_json(exclude={'workspace'}).encode()).hexdigest()
+
+
+def write_json(file: Path, data: Mapping[str, Any]) -> None:
+    """Write ``data`` as an indented JSON file, all at once."""
+    part = file.with_name(file.name + '.part')
+    part.write_text(json.dumps(data, indent=4, ensure_ascii=False) + '\n', encoding='utf-8')
+    os.replace(part, file)
+
+
+def next_number(folder: Path) -> int:
+    """Number of the next ``episode_<number>`` in ``folder``: after those that are there, finished or not."""
+    found = [int(match[1]) for child in folder.iterdir() if (match := _NUMBERED.fullmatch(child.name))]
+    return max(found, default=-1) + 1
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

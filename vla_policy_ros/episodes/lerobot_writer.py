@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vla_policy_ros.episodes.episode import Episode, EpisodeError
+from vla_policy_ros.episodes.episode import Episode, EpisodeError, write_json
 from vla_policy_ros.episodes.lerobot import INTRINSICS_PREFIX, STAMPS_FEATURE
 from vla_policy_ros.episodes.lerobot_stats import IMAGES_PER_EPISODE, ImageHistogram, Stats, vector_stats
 from vla_policy_ros.episodes.mapping import ACTION_FEATURE, IMAGE_PREFIX, STATE_FEATURE
@@ -313,8 +313,3 @@ def _tasks_table(tasks: list[str]) -> pa.Table:
         'pandas_version': '2.0.0',
     }
     return table.replace_schema_metadata({'pandas': json.dumps(described)})
-
-
-def write_json(file: Path, data: Mapping[str, Any]) -> None:
-    """Write ``data`` as an indented JSON file."""
-    file.write_text(json.dumps(data, indent=4, ensure_ascii=False) + '\n', encoding='utf-8')

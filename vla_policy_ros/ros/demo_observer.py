@@ -19,9 +19,7 @@ from rcl_interfaces.msg import Log
 from rcl_interfaces.srv import SetParameters
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.parameter import Parameter
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
-from sensor_msgs.msg import CameraInfo, CompressedImage, Image, JointState
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
@@ -29,40 +27,24 @@ from trajectory_msgs.msg import JointTrajectory
 from vla_policy_msgs.msg import ActionChunk, PolicyStatus
 from vla_policy_ros.robot import Robot
 from vla_policy_ros.ros import qos
-from vla_policy_ros.ros.inputs import controller_state_type
-from vla_policy_ros.ros.recorder import BagRecorder, RecordedTopic
+from vla_policy_ros.ros.recorder import LATCHED, REPORTS, BagRecorder, RecordedTopic, robot_topics
 
 STATUS_TOPIC = '/policy_node/status'
 CHUNK_TOPIC = '/policy_node/chunk'
 REPORT_TOPIC = '/simulator/status'
 
-# A recorder falls behind for a moment without harm, so its queues are longer than those of a controller.
-_SENSORS = QoSProfile(depth=50, reliability=ReliabilityPolicy.BEST_EFFORT)
-_REPORTS = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
-_LATCHED = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
-
 
 def recorded_topics(robot: Robot) -> list[RecordedTopic]:
     """Everything that explains a run: inputs, commands, previews, and what node and simulator say about themselves."""
-    topics = [
-        RecordedTopic(robot.state.topic, JointState, _SENSORS),
-        RecordedTopic(robot.instruction.topic, String, _LATCHED),
-        RecordedTopic(CHUNK_TOPIC, ActionChunk, _REPORTS),
-        RecordedTopic(STATUS_TOPIC, PolicyStatus, _LATCHED),
-        RecordedTopic(REPORT_TOPIC, String, _LATCHED),
-        RecordedTopic('/diagnostics', DiagnosticArray, _REPORTS),
-        RecordedTopic('/rosout', Log, _REPORTS),
+    return [
+        *robot_topics(robot),
+        RecordedTopic(CHUNK_TOPIC, ActionChunk, REPORTS),
+        RecordedTopic(STATUS_TOPIC, PolicyStatus, LATCHED),
+        RecordedTopic(REPORT_TOPIC, String, LATCHED),
+        RecordedTopic('/diagnostics', DiagnosticArray, REPORTS),
+        RecordedTopic('/rosout', Log, REPORTS),
+        *(RecordedTopic(f'/policy_node/preview/{name}', JointTrajectory, REPORTS) for name in robot.controllers),
     ]
-    for camera in robot.cameras.values():
-        topics.append(RecordedTopic(camera.topic, Image if camera.transport == 'raw' else CompressedImage, _SENSORS))
-        if camera.camera_info:
-            topics.append(RecordedTopic(camera.camera_info, CameraInfo, _SENSORS))
-    for name, controller in robot.controllers.items():
-        topics.append(RecordedTopic(controller.topic, JointTrajectory, _REPORTS))
-        topics.append(RecordedTopic(f'/policy_node/preview/{name}', JointTrajectory, _REPORTS))
-        if controller.state_topic:
-            topics.append(RecordedTopic(controller.state_topic, controller_state_type(), _SENSORS))
-    return topics
 
 
 class DemoObserver:

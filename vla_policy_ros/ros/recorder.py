@@ -18,19 +18,30 @@ from typing import Any
 
 import cv2
 import numpy as np
+from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
-from rclpy.qos import QoSProfile
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.serialization import serialize_message
 from rosbags.interfaces import Connection
 from rosbags.rosbag2 import StoragePlugin, Writer
-from sensor_msgs.msg import CompressedImage, Image
+from rosbags.rosbag2.storage_mcap import McapWriter
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image, JointState
+from std_msgs.msg import Float64MultiArray, String
+from trajectory_msgs.msg import JointTrajectory
 
 from vla_policy_ros.observation.images import decode_image
+from vla_policy_ros.robot import Robot
 from vla_policy_ros.ros.bag_qos import to_bag_qos
+from vla_policy_ros.ros.inputs import controller_state_type
 from vla_policy_ros.ros.message_types import message_name, typestore_for
 
 # Grey levels move by about one at this quality, and a 640x480 frame takes some 30 kB instead of 921 kB.
 JPEG_QUALITY = 90
+# A recorder falls behind for a moment without harm, so its queues are longer than those of a controller.
+SENSORS = QoSProfile(depth=50, reliability=ReliabilityPolicy.BEST_EFFORT)
+REPORTS = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
+LATCHED = QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+_FLUSH_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -52,42 +63,105 @@ class RecordedTopic:
         return CompressedImage if self.type is Image else self.type
 
 
+def robot_topics(robot: Robot) -> list[RecordedTopic]:
+    """What a robot file names: its inputs, the commands of its controllers, and their states."""
+    topics = [RecordedTopic(robot.state.topic, JointState, SENSORS)]
+    # A latched subscription does not match a volatile publisher (`ros2 topic pub`); a volatile one misses what was latched.
+    topics += [RecordedTopic(robot.instruction.topic, String, profile) for profile in (LATCHED, REPORTS)]
+    for camera in robot.cameras.values():
+        topics.append(RecordedTopic(camera.topic, Image if camera.transport == 'raw' else CompressedImage, SENSORS))
+        if camera.camera_info:
+            topics.append(RecordedTopic(camera.camera_info, CameraInfo, SENSORS))
+    for controller in robot.controllers.values():
+        kind = JointTrajectory if controller.type == 'joint_trajectory' else Float64MultiArray
+        topics.append(RecordedTopic(controller.topic, kind, REPORTS))
+        if controller.state_topic:
+            topics.append(RecordedTopic(controller.state_topic, controller_state_type(), SENSORS))
+    return topics
+
+
 class BagRecorder:
     """Subscribes to topics on ``node`` and writes them into a new bag at ``path``, a folder that must not exist.
 
+    With no ``path`` it listens, and records from `begin` to `end`, into one bag after the other; what was latched before stands at
+    the beginning of each. What is older than a second is on its way to the disk, so that little is lost when the process is killed.
+
     Log times are the node's clock: simulated time where the node uses it. Messages that arrive before that clock runs are not
     recorded, as they have no place on its time line. Topics that never speak do not appear in the bag.
+
+    Attributes:
+        counts: messages in the present or last bag, by its topics; ``heard``: all messages, by the topics of the node.
+        refused: images that cannot be stored as JPEG, by topic.
 
     Raises:
         MessageTypeError: the definition of a message type is not installed.
         rosbags.rosbag2.WriterError: ``path`` exists.
     """
 
-    def __init__(self, node: Node, path: Path, topics: Iterable[RecordedTopic]) -> None:
+    def __init__(self, node: Node, path: Path | None, topics: Iterable[RecordedTopic]) -> None:
         self.path = path
         self.counts: Counter[str] = Counter()
+        self.heard: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
         self._node = node
         topics = tuple(topics)
         self._types = typestore_for(message_name(topic.bag_type) for topic in topics)
         self._connections: dict[str, Connection] = {}
+        self._latched: dict[str, tuple[RecordedTopic, bytes] | None] = {
+            topic.name: None for topic in topics if topic.qos.durability == DurabilityPolicy.TRANSIENT_LOCAL
+        }
         self._lock = threading.Lock()
-        self._writer: Writer | None = Writer(path, version=Writer.VERSION_LATEST, storage_plugin=StoragePlugin.MCAP)
-        self._writer.open()
+        self._writer: Writer | None = None
+        if path is not None:
+            self.begin(path)
         self._subscriptions = [self._subscribe(topic) for topic in topics]
+        self._timer = node.create_timer(_FLUSH_S, self._flush, clock=Clock(clock_type=ClockType.STEADY_TIME))
 
-    def close(self) -> None:
+    def begin(self, path: Path) -> None:
+        """Begin to record into a new bag. Raises rosbags.rosbag2.WriterError where ``path`` exists."""
+        self.end()
+        writer = Writer(path, version=Writer.VERSION_LATEST, storage_plugin=StoragePlugin.MCAP)
+        writer.open()
+        with self._lock:
+            self.path, self._writer, self._connections = path, writer, {}
+            self.counts = Counter()
+        for last in list(self._latched.values()):
+            if last is not None:
+                self._write(*last)
+
+    def end(self) -> None:
         """Stop recording and finish the file. Any thread; a second call does nothing."""
         with self._lock:
             writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
 
+    def close(self) -> None:
+        """`end`, and stop listening."""
+        self.end()
+        self._timer.cancel()
+
     def _subscribe(self, topic: RecordedTopic) -> Any:
         if topic.type is Image:
-            return self._node.create_subscription(
-                Image, topic.name, lambda message: self._write(topic, serialize_message(compress(message))), topic.qos
-            )
-        return self._node.create_subscription(topic.type, topic.name, lambda raw: self._write(topic, raw), topic.qos, raw=True)
+            return self._node.create_subscription(Image, topic.name, lambda message: self._hear_image(topic, message), topic.qos)
+        return self._node.create_subscription(topic.type, topic.name, lambda raw: self._hear(topic, raw), topic.qos, raw=True)
+
+    def _hear_image(self, topic: RecordedTopic, message: Image) -> None:
+        try:
+            raw = serialize_message(compress(message))
+        except ValueError:
+            self.refused[topic.name] += 1
+            return
+        self._hear(topic, raw)
+
+    def _hear(self, topic: RecordedTopic, raw: bytes) -> None:
+        self.heard[topic.name] += 1
+        if topic.name in self._latched:
+            last = self._latched[topic.name]
+            if last is not None and last[1] == raw and topic.qos.durability != DurabilityPolicy.TRANSIENT_LOCAL:
+                return  # a latched message also reaches the subscription for those that are not
+            self._latched[topic.name] = (topic, raw)
+        self._write(topic, raw)
 
     def _write(self, topic: RecordedTopic, raw: bytes) -> None:
         now_ns = self._node.get_clock().now().nanoseconds
@@ -107,6 +181,15 @@ class BagRecorder:
         return writer.add_connection(
             topic.bag_name, message_name(topic.bag_type), typestore=self._types, offered_qos_profiles=offered[:1]
         )
+
+    def _flush(self) -> None:
+        """Hand what the writer holds back to the operating system, which keeps it when this process dies."""
+        with self._lock:
+            storage = None if self._writer is None else self._writer.storage
+            if isinstance(storage, McapWriter):
+                if storage.chunk.msgs:
+                    storage.close_chunk()
+                storage.bio.flush()
 
 
 def compress(image: Image) -> CompressedImage:
