@@ -52,6 +52,16 @@ def _sentence_instead_of_traceback(*errors: type[Exception]) -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
+@contextmanager
+def _training_libraries() -> Iterator[None]:
+    """End with exit code 2 where a library that only data and training need is not installed."""
+    try:
+        yield
+    except ImportError as error:
+        typer.echo(f'{error}: pip install -r requirements/training.txt', err=True)
+        raise typer.Exit(2) from error
+
+
 @app.command()
 def demo(
     headless: Annotated[bool, typer.Option('--headless', help='No live panel: lines of text, for machines and logs.')] = False,
@@ -308,10 +318,11 @@ def dataset(
     """
     from rich.console import Console
 
-    from vla_policy_ros.episodes.convert import Options, convert, format_named, inspect
-    from vla_policy_ros.episodes.mapping import DatasetMapping, load_mapping, with_cameras
-    from vla_policy_ros.episodes.quality_report import REPORT_WIDTH, print_report
-    from vla_policy_ros.episodes.sources import find_episodes, is_lerobot
+    with _training_libraries():
+        from vla_policy_ros.episodes.convert import Options, convert, format_named, inspect
+        from vla_policy_ros.episodes.mapping import DatasetMapping, load_mapping, with_cameras
+        from vla_policy_ros.episodes.quality_report import REPORT_WIDTH, print_report
+        from vla_policy_ros.episodes.sources import find_episodes, is_lerobot
     from vla_policy_ros.resources import robot_path
     from vla_policy_ros.robot import load_robot
 
@@ -356,9 +367,10 @@ def open_loop(
     """Error of a checkpoint's chunks against what was commanded in recorded episodes, beside two baselines that look at nothing."""
     from rich.console import Console
 
-    from vla_policy_ros.episodes.mapping import DatasetMapping, load_mapping, with_cameras
-    from vla_policy_ros.episodes.quality_report import REPORT_WIDTH
-    from vla_policy_ros.episodes.sources import find_episodes
+    with _training_libraries():
+        from vla_policy_ros.episodes.mapping import DatasetMapping, load_mapping, with_cameras
+        from vla_policy_ros.episodes.quality_report import REPORT_WIDTH
+        from vla_policy_ros.episodes.sources import find_episodes
     from vla_policy_ros.resources import checkpoint_path, robot_path
     from vla_policy_ros.robot import load_robot
 
@@ -388,6 +400,9 @@ def train(
     changes: Annotated[
         list[str] | None, typer.Option('--set', help='Change a value: optimisation.steps=100. Give it as often as needed.')
     ] = None,
+    dry: Annotated[bool, typer.Option('--dry-run', help='Only print what the training would take on each device.')] = False,
+    gpus: Annotated[str, typer.Option(help='With --dry-run: numbers of devices, joined by commas.')] = '1,4,8',
+    gpu_memory: Annotated[float, typer.Option(min=1.0, help='With --dry-run: memory of a device, GB.')] = 80.0,
 ) -> None:
     """Train a checkpoint as a training file says; goes on with the run that its folder holds.
 
@@ -400,9 +415,22 @@ def train(
         from vla_policy_ros.training.config import load_training
 
         settings = load_training(training_path(config), changes or ())
+        if dry:
+            from vla_policy_ros.training.dry_run import dry_run
+
+            dry_run(settings, _numbers(gpus), gpu_memory)
+            return
         from vla_policy_ros.training.command import train as run
 
         run(settings)
+
+
+def _numbers(text: str) -> list[int]:
+    """Positive whole numbers joined by commas. Raises ValueError."""
+    parts = text.split(',')
+    if not all(part.strip().isdigit() and int(part) for part in parts):
+        raise ValueError(f'--gpus {text!r} is not numbers of devices joined by commas, such as 1,4,8')
+    return [int(part) for part in parts]
 
 
 @app.command()

@@ -76,3 +76,11 @@ def test_bags_are_found_one_by_one_or_in_a_folder(tmp_path: Path) -> None:
     with pytest.raises(EpisodeError, match='holds no recording'):
         (tmp_path / 'empty').mkdir()
         find_episodes(tmp_path / 'empty', ROBOT)
+
+
+def test_a_missing_library_is_named_with_the_command_that_installs_it(tmp_path: Path) -> None:
+    command = "app(['dataset', 'bag', '--robot', 'tabletop'])"
+    code = f"import sys; sys.modules['pyarrow'] = None; from vla_policy_ros.cli import app; {command}"
+    answer = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert answer.returncode == 2 and 'pip install -r requirements/training.txt' in answer.stderr
+    assert 'Traceback' not in answer.stderr
