@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from expert_policy import Expert
 
 pytest.importorskip('mujoco')
 
@@ -17,10 +17,7 @@ from vla_policy_ros.evaluation.seeds import scene_seeds
 from vla_policy_ros.evaluation.variations import conditions_of
 from vla_policy_ros.resources import robot_path
 from vla_policy_ros.robot import Robot, load_robot
-from vla_policy_ros.sim.expert import ArmKinematics
-from vla_policy_ros.sim.tasks import TASKS, Episode, TaskState
-from vla_policy_ros.sim.world import TabletopWorld
-from vla_policy_ros.types import ActionChunk, Observation
+from vla_policy_ros.sim.tasks import TASKS, Episode
 
 SEED = scene_seeds(1, 1)[0]
 NOMINAL = conditions_of('nominal')
@@ -29,28 +26,6 @@ NOMINAL = conditions_of('nominal')
 @pytest.fixture(scope='module')
 def robot() -> Robot:
     return load_robot(robot_path('tabletop'))
-
-
-class Expert:
-    """Answers with the expert's chunk towards a target slot, or with what ``spoil`` makes of it. Remembers what it was shown."""
-
-    def __init__(self, robot: Robot, episode: Episode, spoil: Callable[[np.ndarray], np.ndarray] = lambda actions: actions) -> None:
-        self.seen: list[Observation] = []
-        self._robot, self._episode, self._spoil, self._kinematics = robot, episode, spoil, ArmKinematics()
-        world = TabletopWorld()
-        world.reset_to(episode.scene)
-        self._places = np.stack([world.object_position(slot) for slot in range(len(world.objects))])
-
-    def __call__(self, observation: Observation) -> ActionChunk:
-        self.seen.append(observation)
-        state, rows = TaskState(observation.state, self._places), []
-        for _ in range(self._robot.action.horizon):
-            state = TASKS['reach'].step(self._kinematics, state, self._episode, self._robot.action.period)
-            rows.append(state.q)
-        actions = self._spoil(np.stack(rows))
-        return ActionChunk(
-            observation.stamp_ns, 1, self._robot.action.joints, actions, observation.stamp_ns, observation.instruction
-        )
 
 
 def play(robot: Robot, policy: Any, **settings: Any) -> Any:

@@ -65,7 +65,7 @@ class ClosedLoop:
     """A policy and a simulated arm. Use it as a context manager, which frees the renderer.
 
     Args:
-        infer: the policy.
+        infer: the policy; as an attribute, it may be replaced between episodes.
         robot: the robot file that it answers for.
         settings: see `LoopSettings`.
 
@@ -78,7 +78,7 @@ class ClosedLoop:
         check_robot(robot)
         if settings.executed > robot.action.horizon:
             raise ValueError(f'executed is {settings.executed}, but a chunk of {robot.name!r} has {robot.action.horizon} actions')
-        self._infer, self._robot, self._settings = infer, robot, settings
+        self.infer, self._robot, self._settings = infer, robot, settings
         self._limits = JointLimits.from_robot(robot)
         self._world = TabletopWorld()
         names = list(self._world.joint_names)
@@ -111,7 +111,7 @@ class ClosedLoop:
             watch(world)
         for done in range(max(1, round(seconds / period))):
             if done % self._settings.executed == 0:
-                chunk = self._infer(self._observe(instruction, seed))
+                chunk = self.infer(self._observe(instruction, seed))
                 actions, outside = self._allowed(chunk.actions)
             goal = commanded.copy()
             goal[self._columns] = actions[done % self._settings.executed]

@@ -6,34 +6,26 @@ load the checkpoint once each.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from vla_policy_ros.evaluation.closed_loop import ClosedLoop, LoopSettings
 from vla_policy_ros.evaluation.report import SCHEMA, VERSION, EpisodeResult, summarise
 from vla_policy_ros.evaluation.seeds import scene_seeds
 from vla_policy_ros.evaluation.variations import NOMINAL, conditions_of
+from vla_policy_ros.evaluation.workers import Cell, played
 from vla_policy_ros.robot import load_robot
 from vla_policy_ros.sim.tasks import TASKS
 
 if TYPE_CHECKING:
     from vla_policy_ros.policy import Policy
 
-OnResult = Callable[['Cell', EpisodeResult], None]
-
-
-class Cell(NamedTuple):
-    """One episode to be played."""
-
-    task: str
-    variation: str
-    seed: int
+OnResult = Callable[[Cell, EpisodeResult], None]
 
 
 @dataclass(frozen=True)
@@ -94,7 +86,7 @@ class EvaluationOptions:
         return [Cell(task, variation, seed) for task in self.tasks for variation in self.variations for seed in seeds]
 
 
-class Player:
+class ClosedLoopPlayer:
     """A loaded policy that plays episodes. Use it as a context manager.
 
     Raises:
@@ -112,7 +104,7 @@ class Player:
         )
         self.loop = ClosedLoop(self.policy.infer, robot, options.loop)
 
-    def __enter__(self) -> Player:
+    def __enter__(self) -> ClosedLoopPlayer:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -127,15 +119,15 @@ def evaluate(options: EvaluationOptions, on_result: OnResult | None = None) -> d
     """Play all episodes and return the document. Ctrl-C ends it early with what was finished, as ``interrupted`` says.
 
     Raises:
-        CheckpointError, RobotFileError, RobotMismatch, ValueError: as `Player`, or a variation that does not fit a task.
+        CheckpointError, RobotFileError, RobotMismatch, ValueError: as `ClosedLoopPlayer`, or a variation that does not fit a task.
         RenderError: the simulator cannot draw here.
     """
     began = perf_counter()
     results: list[EpisodeResult] = []
     interrupted = False
-    with Player(options) as player:
+    with ClosedLoopPlayer(options) as player:
         try:
-            for cell, result in zip(options.cells, _played(options, player), strict=True):
+            for cell, result in zip(options.cells, _results(options, player), strict=True):
                 results.append(result)
                 if on_result:
                     on_result(cell, result)
@@ -193,21 +185,11 @@ def _of_task(by_variation: dict[str, list[EpisodeResult]], rows: bool) -> dict[s
     return {'variation': first, **numbers.pop(first), 'variations': numbers}
 
 
-def _played(options: EvaluationOptions, player: Player) -> Iterator[EpisodeResult]:
-    if options.jobs == 1:
-        yield from map(player.play, options.cells)
-        return
-    # Processes that are started anew, not forked: a forked OpenGL context or thread pool does not work.
-    context = multiprocessing.get_context('spawn')
-    with ProcessPoolExecutor(options.jobs, context, _begin, (options,)) as pool:
-        try:
-            yield from pool.map(_play, options.cells)
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            raise
+def _results(options: EvaluationOptions, player: ClosedLoopPlayer) -> Iterator[EpisodeResult]:
+    return played(partial(ClosedLoopPlayer, options), options.cells, options.jobs, player)
 
 
-def _film_failures(options: EvaluationOptions, player: Player, results: list[EpisodeResult]) -> None:
+def _film_failures(options: EvaluationOptions, player: ClosedLoopPlayer, results: list[EpisodeResult]) -> None:
     """Write the first failures to ``options.videos``; the videos of a former evaluation that have the same names are replaced."""
     from vla_policy_ros.evaluation.video import film
 
@@ -217,18 +199,3 @@ def _film_failures(options: EvaluationOptions, player: Player, results: list[Epi
     for cell, result in failures[: options.max_videos]:
         name = f'{cell.task}_{cell.variation}_{cell.seed}_{result.failure}.mp4'
         film(player.loop, TASKS[cell.task], cell.variation, conditions_of(cell.variation), result, options.videos / name)
-
-
-_PLAYERS: list[Player] = []
-
-
-def _begin(options: EvaluationOptions) -> None:
-    """In a worker process: load the policy."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides when work ends
-    _PLAYERS.append(Player(options))
-
-
-def _play(cell: Cell) -> EpisodeResult:
-    return _PLAYERS[0].play(cell)

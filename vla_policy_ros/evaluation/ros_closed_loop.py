@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from vla_policy_ros.demo.loop import ClosedLoopProcesses, LoopError, uninterrupted
 from vla_policy_ros.demo.processes import ros_environment
-from vla_policy_ros.evaluation.evaluate import Cell, EvaluationOptions, OnResult, document
+from vla_policy_ros.evaluation.evaluate import EvaluationOptions, OnResult, document
 from vla_policy_ros.evaluation.probes import about_another_object
 from vla_policy_ros.evaluation.report import EpisodeResult
 from vla_policy_ros.evaluation.variations import conditions_of
+from vla_policy_ros.evaluation.workers import Cell
 from vla_policy_ros.robot import Robot, load_robot
 from vla_policy_ros.sim.controller import START_NS
 from vla_policy_ros.sim.requests import episode_request
