@@ -84,11 +84,11 @@ def config(folder: Path, **sections: Any) -> TrainingConfig:
 
 
 def make_trainer(robot: Robot, data: ExampleSet, folder: Path, **sections: Any) -> Trainer:
-    """A trainer of the tiny network with a small training file, whose ``sections`` are changed."""
+    """A trainer of the tiny network, or of another preset, with a small training file, whose ``sections`` are changed."""
     scenes, options = ExampleScenes(data), config(folder, **sections)
-    model = new_model(robot, 'tiny', changes=options.network)
-    processor = new_processor(robot, 'tiny', model.config)
-    processor = new_processor(robot, 'tiny', model.config, fit_statistics(scenes, processor))
+    model = new_model(robot, options.preset or 'tiny', changes=options.network)
+    processor = new_processor(robot, options.preset or 'tiny', model.config)
+    processor = new_processor(robot, options.preset or 'tiny', model.config, fit_statistics(scenes, processor))
     return Trainer(model, processor, scenes, options, folder, scenes)
 
 

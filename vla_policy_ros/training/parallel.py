@@ -25,11 +25,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vla_policy_ros.model.deep_fusion import CALL_BACK
+from vla_policy_ros.model.modeling import MapAnythingLlava3DForConditionalGeneration
 from vla_policy_ros.training.config import TrainingConfig
 from vla_policy_ros.training.objective import Objective
 from vla_policy_ros.training.parameters import DTYPES
 
-# Classes whose forward gathers: the towers' layers. The language and the expert layers come from the backbone itself.
 _TOWER_LAYERS = ('SiglipEncoderLayer', 'CLIPEncoderLayer', 'Block')
 
 
@@ -78,11 +78,7 @@ class Parallel:
         }
         for head in objective.heads.values():
             fully_shard(head, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-        for module in list(objective.modules()):
-            if type(module).__name__ in _TOWER_LAYERS:
-                fully_shard(module, **options)
-        backbone = objective.model.language_model_with_expert
-        for layer in [] if backbone is None else backbone.stream_layers():
+        for layer in layers_in_turn(objective.model):
             setattr(layer, CALL_BACK, MethodType(_call_back, layer))
             fully_shard(layer, **options)
             register_fsdp_forward_method(layer, CALL_BACK)
@@ -151,6 +147,13 @@ class Parallel:
         """``make()`` first in the main process, then in the others: what writes files that the others then find."""
         with self.accelerator.main_process_first():
             return make()
+
+
+def layers_in_turn(model: MapAnythingLlava3DForConditionalGeneration) -> list[nn.Module]:
+    """The layers that a sharded run gathers one after the other; all other weights stay gathered during a pass."""
+    towers = [module for module in model.modules() if type(module).__name__ in _TOWER_LAYERS]
+    backbone = model.language_model_with_expert
+    return [*towers, *([] if backbone is None else backbone.stream_layers())]
 
 
 def whole(tensor: Tensor) -> Tensor:
