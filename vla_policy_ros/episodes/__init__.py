@@ -7,6 +7,8 @@ thread.
 - `episode`: what an episode is; `commands`: what was commanded, at any time.
 - `bag_episode`: bag -> `Episode`, through the same `observation/` code as the live node, in the order of receipt.
 - `lerobot`: LeRobot folder -> `Episode`s; `mapping`: which feature is which camera, joint and field; `video`: frames of mp4 files.
+- `sources`: what kind of recording a path is, and its episodes.
 - `lerobot_writer`, `bag_writer`: `Episode`s -> recordings; `convert` drives them.
+- `sim_recording`: the simulator with its expert as an `Episode`.
 - `quality`: gaps, skew, stale frames and rates; `quality_report`: how it is told.
 """

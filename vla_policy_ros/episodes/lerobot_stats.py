@@ -23,8 +23,8 @@ def vector_stats(rows: NDArray[Any]) -> Stats:
     """Statistics of ``[N, D]`` rows, lists of ``D`` numbers."""
     values = np.asarray(rows, dtype=np.float64)
     stats: Stats = {
-        'min': values.min(axis=0).tolist(),
-        'max': values.max(axis=0).tolist(),
+        'min': rows.min(axis=0).tolist(),  # integers stay integers, as in LeRobot's tables
+        'max': rows.max(axis=0).tolist(),
         'mean': values.mean(axis=0).tolist(),
         'std': values.std(axis=0).tolist(),
         'count': [len(values)],
