@@ -109,7 +109,8 @@ def _closed_loop(options: DemoOptions, robot: Robot, console: Console) -> Run:
                 if run.simulated_s > 0.0:
                     processes.brake(observer)
                 run.status = observer.status
-                run.failure = run.failure or processes.stop()
+                failure = processes.stop()
+                run.failure = run.failure or failure
     return run
 
 
