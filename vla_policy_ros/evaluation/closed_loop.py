@@ -29,6 +29,8 @@ CONTROLLER_PERIOD = 0.01
 # Neighbouring episodes lie this far apart on the clock of their stamps, from which a policy draws its noise.
 _APART_NS = 1000 * NS_PER_S
 _BLOCK = 1 << 20
+# Of a joint's range: a network that predicts the end of it errs to both sides.
+_MARGIN = 0.02
 
 Watch = Callable[[TabletopWorld], None]
 """Called before the first action and after each, with the world as it is then."""
@@ -121,12 +123,13 @@ class ClosedLoop:
         return outside
 
     def _allowed(self, actions: NDArray[np.float64]) -> tuple[NDArray[np.float64], bool]:
-        """Actions within the position limits, and whether they were outside. What is not finite leaves the robot where it is."""
+        """Actions within the position limits, and whether they were well outside. What is not finite leaves the robot where it is."""
         if not np.isfinite(actions).all():
             held = self._world.joint_state()[0][self._columns]
             return np.broadcast_to(held, actions.shape), True
         kept = np.clip(actions, self._limits.lower, self._limits.upper)
-        return kept, bool((kept != actions).any())
+        margin = _MARGIN * (self._limits.upper - self._limits.lower)
+        return kept, bool((np.abs(kept - actions) > margin).any())
 
     def _move(self, start: NDArray[np.float64], goal: NDArray[np.float64]) -> NDArray[np.float64]:
         """Drive from ``start`` to ``goal`` in one action period, no faster than the robot may; where the command ends."""
