@@ -123,7 +123,7 @@ class ClosedLoop:
         return outside
 
     def _allowed(self, actions: NDArray[np.float64]) -> tuple[NDArray[np.float64], bool]:
-        """Actions within the position limits, and whether they were well outside. What is not finite leaves the robot where it is."""
+        """Actions within the position limits, and whether they were well outside; where they are not finite, the robot stays."""
         if not np.isfinite(actions).all():
             held = self._world.joint_state()[0][self._columns]
             return np.broadcast_to(held, actions.shape), True
