@@ -136,6 +136,8 @@ def test_nothing_to_train_is_refused(tmp_path: Path) -> None:
         objective(tmp_path, freeze=everything)
     with pytest.raises(ValueError, match=r'lora adapts the language layers, freeze.language keeps them'):
         config(tmp_path, freeze={'language': True}, **LORA)
+    with pytest.raises(ValueError, match='frozen_dtype bfloat16 needs precision bfloat16'):
+        config(tmp_path, frozen_dtype='bfloat16', precision='float32')
 
 
 def test_examples_without_labels_are_refused_by_a_loss_that_needs_them(data: ExampleSet, tmp_path: Path) -> None:

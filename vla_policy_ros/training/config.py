@@ -157,6 +157,8 @@ class TrainingConfig(Section):
             raise ValueError('network changes the sizes of a preset; those of start_from are fixed: remove network')
         if self.keep_statistics and self.start_from is None:
             raise ValueError('keep_statistics needs start_from, whose statistics to keep')
+        if self.frozen_dtype == 'bfloat16' and self.precision == 'float32':
+            raise ValueError('frozen_dtype bfloat16 needs precision bfloat16: float32 products cannot take such weights')
         if self.lora is not None and self.freeze.language:
             raise ValueError('lora adapts the language layers, freeze.language keeps them: remove one of the two')
         return self
