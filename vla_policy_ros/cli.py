@@ -410,8 +410,7 @@ def train(
     """
     from vla_policy_ros.resources import training_path
 
-    with _sentence_instead_of_traceback(OSError, ValueError, FloatingPointError):
-        # Loads torch, which takes seconds: only now that the file is known to be right.
+    with _sentence_instead_of_traceback(OSError, ValueError):
         from vla_policy_ros.training.config import load_training
 
         settings = load_training(training_path(config), changes or ())
@@ -420,9 +419,14 @@ def train(
 
             dry_run(settings, _numbers(gpus), gpu_memory)
             return
+        # Loads torch, which takes seconds: only now that the file is known to be right.
         from vla_policy_ros.training.command import train as run
 
-        run(settings)
+        try:
+            run(settings)
+        except FloatingPointError as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(1) from error
 
 
 def _numbers(text: str) -> list[int]:

@@ -207,7 +207,7 @@ class Trainer:
         Raises:
             StateError: the state is damaged, or belongs to another configuration, other data or other weights.
         """
-        state = newest_state(self.folder)
+        state = newest_state(self.folder, check=self.parallel.main)
         if state is None:
             return False
         _check_same_run(state.run, self.made_of, self.folder)
