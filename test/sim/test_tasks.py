@@ -8,46 +8,33 @@ import numpy as np
 import pytest
 
 from vla_policy_ros.sim.dataset import MIX, SCENE_SEED_BASE
-from vla_policy_ros.sim.expert import ArmKinematics
 from vla_policy_ros.sim.instructions import parse_instruction
 from vla_policy_ros.sim.scene import HELD_OUT_KINDS, Variation
-from vla_policy_ros.sim.tasks import TASKS, Conditions, Episode, Outcome, Task, TaskState
+from vla_policy_ros.sim.tasks import TASKS, Conditions, Episode, Outcome, Task
+from vla_policy_ros.sim.tasks.play import play_expert
 from vla_policy_ros.sim.tasks.reach import ATTEMPT_SHIFT
 from vla_policy_ros.sim.world import TabletopWorld
 
-PERIOD, TICKS = 0.1, 10
+PERIOD = 0.1
 
 
 @pytest.fixture(scope='module')
 def world() -> Iterator[TabletopWorld]:
-    made = TabletopWorld()
+    made = TabletopWorld(gripper=True)
     yield made
     made.close()
 
 
-@pytest.fixture(scope='module')
-def kinematics() -> ArmKinematics:
-    return ArmKinematics()
-
-
-def play(task: Task, episode: Episode, world: TabletopWorld, kinematics: ArmKinematics) -> Outcome:
-    """The expert in the physics, looking after every action."""
-    world.reset_to(episode.scene)
-    commanded = world.joint_state()[0]
-    for _ in range(round(task.seconds / PERIOD)):
-        state = TaskState(commanded, np.stack([world.object_position(slot) for slot in range(len(world.objects))]))
-        goal = task.step(kinematics, state, episode, PERIOD).q
-        velocity = (goal - commanded) / PERIOD
-        for tick in range(1, TICKS + 1):
-            world.set_position_targets(commanded + (goal - commanded) * tick / TICKS, velocity)
-            world.step(PERIOD / TICKS)
-        commanded = goal
+def play(task: Task, episode: Episode, world: TabletopWorld) -> Outcome:
+    """The expert in the physics."""
+    for _ in play_expert(task, episode, world, PERIOD, task.seconds):
+        pass
     return task.measure(world, episode)
 
 
 @pytest.mark.parametrize('name', TASKS)
-def test_the_expert_succeeds_in_the_physics(name: str, world: TabletopWorld, kinematics: ArmKinematics) -> None:
-    ends = [play(TASKS[name], TASKS[name].sample(seed, Conditions()), world, kinematics) for seed in range(12)]
+def test_the_expert_succeeds_in_the_physics(name: str, world: TabletopWorld) -> None:
+    ends = [play(TASKS[name], TASKS[name].sample(seed, Conditions()), world) for seed in range(12)]
     assert sum(end.success for end in ends) >= 11, [(end.failure, round(end.error, 3)) for end in ends if not end.success]
     assert all(end.failure == '' for end in ends if end.success)
 
@@ -95,12 +82,12 @@ def test_scenes_of_small_seeds_stay_below_those_of_training() -> None:
     assert max(scenes) < SCENE_SEED_BASE
 
 
-def test_twins_count_both_and_a_neighbour_counts_as_wrong(world: TabletopWorld, kinematics: ArmKinematics) -> None:
+def test_twins_count_both_and_a_neighbour_counts_as_wrong(world: TabletopWorld) -> None:
     task = TASKS['reach_any']
     episode = task.sample(1, Conditions())
     for wanted, failure in ((episode.targets[0], ''), (episode.targets[1], ''), (2, 'wrong_object')):
         aimed = Episode('reach', episode.scene, '', (wanted,))
-        play(TASKS['reach'], aimed, world, kinematics)
+        play(TASKS['reach'], aimed, world)
         assert task.measure(world, episode).failure == failure
     world.reset_to(episode.scene)
     assert task.measure(world, episode).failure == 'timed_out'

@@ -29,14 +29,13 @@ from vla_policy_ros.episodes.episode import (
     write_json,
 )
 from vla_policy_ros.robot import Robot
-from vla_policy_ros.sim.dataset import check_robot
-from vla_policy_ros.sim.expert import ArmKinematics
-from vla_policy_ros.sim.tasks import TASKS, TRAINING, Outcome, TaskState
+from vla_policy_ros.sim.dataset import check_robot, check_task, has_gripper
+from vla_policy_ros.sim.tasks import TASKS, TRAINING, Outcome
+from vla_policy_ros.sim.tasks.play import play_expert
 from vla_policy_ros.sim.world import TabletopWorld
 from vla_policy_ros.types import NS_PER_S, CameraView, Observation
 
 BEGIN_NS = NS_PER_S  # zero would say that there is no stamp
-_TICK = 0.01
 _TRAINING_SCENES = 1 << 32
 _SCENES_PER_SEED = 1 << 24
 
@@ -66,9 +65,10 @@ class SimulatedEpisode(Episode):
             raise EpisodeError(f'episode {number} of seed {seed}: numbers are 0 to {_SCENES_PER_SEED - 1}, seeds not negative')
         self.robot, self.name = robot, f'{task} {seed}/{number}'
         self._task = TASKS[task]
+        check_task(self._task, robot)
         self._drawn = self._task.sample(_TRAINING_SCENES + seed * _SCENES_PER_SEED + number, TRAINING)
         self._seconds = seconds or self._task.seconds
-        self._world = TabletopWorld()
+        self._world = TabletopWorld(gripper=has_gripper(robot))
         names = list(self._world.joint_names)
         self._state_columns = [names.index(joint) for joint in robot.state.joints]
         columns = [names.index(joint) for joint in robot.action.joints]
@@ -102,20 +102,9 @@ class SimulatedEpisode(Episode):
                 yield Observation(step.stamp_ns, MappingProxyType(views), step.state, step.state_stamp_ns, step.instruction)
 
     def _play(self) -> Iterator[tuple[int, NDArray[np.float64]]]:
-        """(time, expert's target ``[7]`` for one action period later) before each period; the world is as it is at that time."""
-        world, kinematics, period = self._world, ArmKinematics(), self.robot.action.period
-        world.reset_to(self._drawn.scene)
-        commanded = world.joint_state()[0]
-        ticks = round(period / _TICK)
-        for _ in range(max(2, round(self._seconds / period))):
-            places = np.stack([world.object_position(slot) for slot in range(len(world.objects))])
-            goal = self._task.step(kinematics, TaskState(commanded, places), self._drawn, period).q
-            yield BEGIN_NS + world.time_ns, goal
-            velocity = (goal - commanded) / period
-            for tick in range(1, ticks + 1):
-                world.set_position_targets(commanded + velocity * tick * _TICK, velocity)
-                world.step(_TICK)
-            commanded = goal
+        """(time, expert's target ``[J]`` for one action period later) before each period; the world is as it is at that time."""
+        for goal in play_expert(self._task, self._drawn, self._world, self.robot.action.period, self._seconds):
+            yield BEGIN_NS + self._world.time_ns, goal
 
     def _step(self, time_ns: int) -> Step:
         position, velocity = self._world.joint_state()

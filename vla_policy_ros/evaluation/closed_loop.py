@@ -20,7 +20,7 @@ from vla_policy_ros.control.limits import JointLimits
 from vla_policy_ros.evaluation.probes import Probe, about_another_object
 from vla_policy_ros.evaluation.report import EpisodeResult
 from vla_policy_ros.robot import Robot
-from vla_policy_ros.sim.dataset import check_robot
+from vla_policy_ros.sim.dataset import check_robot, check_task, has_gripper
 from vla_policy_ros.sim.tasks import Conditions, Episode, Task
 from vla_policy_ros.sim.world import TabletopWorld
 from vla_policy_ros.types import NS_PER_S, ActionChunk, Observation
@@ -82,7 +82,7 @@ class ClosedLoop:
             raise ValueError(f'executed is {settings.executed}, but a chunk of {robot.name!r} has {robot.action.horizon} actions')
         self.infer, self._robot, self._settings = infer, robot, settings
         self._limits = JointLimits.from_robot(robot)
-        self._world = TabletopWorld()
+        self._world = TabletopWorld(gripper=has_gripper(robot))
         names = list(self._world.joint_names)
         self._columns = [names.index(joint) for joint in robot.action.joints]
         self._state_columns = [names.index(joint) for joint in robot.state.joints]
@@ -95,6 +95,7 @@ class ClosedLoop:
 
     def run(self, task: Task, seed: int, conditions: Conditions, watch: Watch | None = None) -> EpisodeResult:
         """The episode of a scene seed. Raises ValueError where conditions or probe do not fit the task."""
+        check_task(task, self._robot)
         episode = task.sample(seed, conditions)
         told = about_another_object(episode, seed) if self._settings.probe.wrong_instruction else episode
         outside = self._play(episode, told.instruction, self._settings.seconds or task.seconds, seed, watch)

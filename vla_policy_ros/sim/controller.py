@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from vla_policy_ros.control.jtc import Acceptance, Command, ControllerParameters, JointTrajectoryController, TrajectoryMessage
 from vla_policy_ros.robot import Robot
-from vla_policy_ros.sim.dataset import RobotMismatch, check_robot
+from vla_policy_ros.sim.dataset import RobotMismatch, check_robot, has_gripper
 from vla_policy_ros.sim.instructions import Target, parse_instruction
 from vla_policy_ros.sim.mjcf import TIMESTEP
 from vla_policy_ros.sim.scene import Scene, sample_scene
@@ -138,7 +138,7 @@ class SimulatedRobot:
         check_robot(robot)
         self.robot = robot
         self.period_ns = _common_period_ns(robot)
-        self.world = TabletopWorld()
+        self.world = TabletopWorld(gripper=has_gripper(robot))
         self.world.reset(seed)
         self._elapsed_ns = 0
         self._episode: tuple[Task, Episode, float] | None = None

@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 
 from vla_policy_ros.robot import Robot
 from vla_policy_ros.sim.expert import ArmKinematics
+from vla_policy_ros.sim.mjcf import FINGER_JOINTS, JOINT_NAMES
 from vla_policy_ros.sim.scene import COLOURS, SHAPES
 from vla_policy_ros.sim.tasks import TASKS, Episode, Task, TaskState
 from vla_policy_ros.sim.world import TabletopWorld
 from vla_policy_ros.types import NS_PER_S, CameraView, Observation
 
 STATE_NOISE = 0.002
+FINGER_NOISE = 0.0003
 REST_SHARE = 0.12
 LINGER = 0.5
 PUSH_SHARE = 0.5
@@ -32,8 +34,8 @@ PUSH_SIZE = 0.06
 WOBBLE_SIZE = 0.012
 DEPTH_SIZE = (64, 48)
 
-MIX: dict[str, float] = {'reach': 0.62, 'reach_any': 0.12, 'push': 0.26}
-"""Shares of the tasks among training scenes."""
+MIX: dict[str, float] = {'reach': 0.62, 'reach_any': 0.12, 'push': 0.26, 'pick': 0.5, 'place': 0.5}
+"""Shares of the tasks among training scenes, of those that the robot can do."""
 
 LABELLED_SHAPES = (*SHAPES, 'zone')
 
@@ -103,23 +105,38 @@ def examples(robot: Robot, seed: int, count: int) -> Iterator[Example]:
 def check_robot(robot: Robot) -> None:
     """Raise RobotMismatch unless the simulated arm can play ``robot``: its cameras, joints, and position or velocity state."""
     problems = [f'camera {name!r}' for name in robot.camera_names if name not in TabletopWorld.camera_names]
-    known = TabletopWorld.joint_names
+    known = (*JOINT_NAMES, FINGER_JOINTS[0])
     problems += [f'joint {name!r}' for name in dict.fromkeys(robot.state.joints + robot.action.joints) if name not in known]
     problems += [f'state field {field!r}' for field in robot.state.fields if field == 'effort']
-    problems += [f'joint {name!r} left out of action.joints' for name in known if name not in robot.action.joints]
+    problems += [f'joint {name!r} left out of action.joints' for name in JOINT_NAMES if name not in robot.action.joints]
     if problems:
         raise RobotMismatch(
             f'robot {robot.name!r} does not fit the simulated arm: {", ".join(problems)}; it has the cameras '
-            f'{", ".join(TabletopWorld.camera_names)} and the joints {known[0]} to {known[-1]}'
+            f'{", ".join(TabletopWorld.camera_names)} and the joints {known[0]} to {known[6]}, and {known[7]} of its gripper'
+        )
+
+
+def has_gripper(robot: Robot) -> bool:
+    """Whether ``robot`` moves the fingers of the simulated arm."""
+    return FINGER_JOINTS[0] in robot.action.joints
+
+
+def check_task(task: Task, robot: Robot) -> None:
+    """Raise RobotMismatch where ``robot`` cannot do ``task``."""
+    if task.needs_gripper and not has_gripper(robot):
+        raise RobotMismatch(
+            f'task {task.name!r} needs a gripper, and robot {robot.name!r} has no joint {FINGER_JOINTS[0]!r} among action.joints: '
+            'use the robot file tabletop_gripper'
         )
 
 
 def _stream(robot: Robot, seed: int, count: int) -> Iterator[Example]:
-    world, kinematics = TabletopWorld(), ArmKinematics()
+    world, kinematics = TabletopWorld(gripper=has_gripper(robot)), ArmKinematics()
+    shares = {name: share for name, share in MIX.items() if has_gripper(robot) or not TASKS[name].needs_gripper}
     made = 0
     try:
         for scene in range(count):
-            for example in _scene_examples(world, kinematics, robot, SCENE_SEED_BASE + (seed << 24) + scene):
+            for example in _scene_examples(world, kinematics, robot, shares, SCENE_SEED_BASE + (seed << 24) + scene):
                 if made == count:
                     return
                 yield example
@@ -128,18 +145,23 @@ def _stream(robot: Robot, seed: int, count: int) -> Iterator[Example]:
         world.close()
 
 
-def _scene_examples(world: TabletopWorld, kinematics: ArmKinematics, robot: Robot, scene_id: int) -> Iterator[Example]:
+def _scene_examples(
+    world: TabletopWorld, kinematics: ArmKinematics, robot: Robot, shares: dict[str, float], scene_id: int
+) -> Iterator[Example]:
     rng = np.random.default_rng([scene_id, 1])
-    task = TASKS[str(rng.choice(list(MIX), p=list(MIX.values())))]
+    share = np.array(list(shares.values()))
+    task = TASKS[str(rng.choice(list(shares), p=share / share.sum()))]
     episodes = task.training_episodes(scene_id)
     world.reset_to(episodes[0].scene)
     start = TaskState(episodes[0].scene.start, np.stack([world.object_position(slot) for slot in range(len(world.objects))]))
     state, velocity = _state_on_noisy_path(task, episodes[0], kinematics, start, robot.action.period, rng)
     world.put_objects(state.objects)
-    world.set_arm(state.q)
+    world.set_arm(state.q, state.finger)
     cameras = {name: _view(world, name) for name in robot.camera_names}
     labels = _labels(world, robot.camera_names)
-    measured = {'position': state.q + rng.normal(0.0, STATE_NOISE, size=7), 'velocity': velocity + rng.normal(0.0, 0.01, size=7)}
+    # The fingers' noise is drawn last, so that the arm's does not depend on whether there is a gripper.
+    position, speed = state.q + rng.normal(0.0, STATE_NOISE, size=7), velocity + rng.normal(0.0, 0.01, size=7)
+    measured = {'position': np.append(position, state.finger + rng.normal(0.0, FINGER_NOISE)), 'velocity': np.append(speed, 0.0)}
     columns = [world.joint_names.index(joint) for joint in robot.state.joints]
     vector = np.concatenate([measured[name][columns] for name in robot.state.fields])
     columns = [world.joint_names.index(joint) for joint in robot.action.joints]
@@ -174,11 +196,11 @@ def _labels(world: TabletopWorld, cameras: tuple[str, ...]) -> SceneLabels:
 
 
 def _chunk(task: Task, kinematics: ArmKinematics, state: TaskState, episode: Episode, robot: Robot) -> NDArray[np.float64]:
-    """The expert's next targets ``[T, 7]``."""
+    """The expert's next targets ``[T, 8]``, the fingers' last."""
     rows = []
     for _ in range(robot.action.horizon):
         state = task.step(kinematics, state, episode, robot.action.period)
-        rows.append(state.q)
+        rows.append(np.append(state.q, state.finger_target))
     return np.stack(rows)
 
 

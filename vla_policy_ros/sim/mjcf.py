@@ -10,6 +10,8 @@ Enters: nothing. Leaves: XML text. Any thread.
 from __future__ import annotations
 
 JOINT_NAMES = tuple(f'panda_joint{i}' for i in range(1, 8))
+FINGER_JOINTS = ('panda_finger_joint1', 'panda_finger_joint2')
+FINGER_OPEN = 0.04
 OBJECT_SLOTS = 3
 CAMERA_NAMES = ('scene', 'wrist')
 TIMESTEP = 0.002
@@ -54,8 +56,7 @@ _ARM = """
                     <body name="hand" pos="0 0 .107" euler="0 0 -.78539816">
                       <geom class="hand" type="box" pos="0 0 .034" size=".026 .098 .03" mass=".5" material="white"/>
                       <geom class="hand" type="box" pos="0 0 .066" size=".018 .09 .004" mass=".05" material="dark"/>
-                      <geom class="hand" type="box" pos="0 .03 .083" size=".011 .008 .0205" mass=".03"/>
-                      <geom class="hand" type="box" pos="0 -.03 .083" size=".011 .008 .0205" mass=".03"/>
+                      {fingers}
                       <geom type="box" pos=".062 0 .02" size=".014 .045 .012" mass=".08" material="dark"/>
                       <geom type="box" pos=".04 0 .02" size=".02 .015 .006" mass=".02" material="dark"/>
                       <site name="tcp" pos="0 0 .1034" size=".004" group="4"/>
@@ -70,6 +71,20 @@ _ARM = """
       </body>
     </body>
 """
+
+_FIXED_FINGERS = """
+                      <geom class="hand" type="box" pos="0 .03 .083" size=".011 .008 .0205" mass=".03"/>
+                      <geom class="hand" type="box" pos="0 -.03 .083" size=".011 .008 .0205" mass=".03"/>
+"""
+
+# The joint's position is the distance from the middle to the inner face of its finger, as a Franka hand reports it.
+_SLIDING_FINGER = """
+                      <body name="{name}" pos="0 {side}.008 .083">
+                        <joint name="{name}" type="slide" axis="0 {side}1 0" range="0 .04" armature=".1" damping="2"/>
+                        <geom class="hand" type="box" size=".011 .008 .0205" mass=".03" friction="1.2 .01 .001" condim="6"/>
+                      </body>
+"""
+_FINGER_DRIVE = (1500, 60, 25)
 
 _TABLE = """
     <geom name="table" type="box" pos=".3 0 -.02" size=".55 .65 .02" material="table" contype="1" conaffinity="3"/>
@@ -93,13 +108,21 @@ _OBJECT = """
 _DRIVES = ((9000, 220, 87), (9000, 220, 87), (7000, 150, 87), (7000, 130, 87), (3500, 45, 12), (3500, 45, 12), (2500, 25, 12))
 
 
-def tabletop_xml(arm_only: bool = False) -> str:
-    """The MJCF text. ``arm_only`` leaves out table, objects, scene camera and lights: the model that kinematics needs."""
+def tabletop_xml(arm_only: bool = False, gripper: bool = False) -> str:
+    """The MJCF text. ``arm_only`` leaves out table, objects, scene camera and lights: the model that kinematics needs.
+
+    With a ``gripper`` the two fingers slide, each on its own drive; without, they are fixed 4.4 cm apart.
+    """
     objects = '' if arm_only else ''.join(_OBJECT.format(slot=slot, x=0.4 + 0.1 * slot) for slot in range(OBJECT_SLOTS))
+    drives_of = dict(zip(JOINT_NAMES, _DRIVES, strict=True)) | (dict.fromkeys(FINGER_JOINTS, _FINGER_DRIVE) if gripper else {})
     drives = '\n'.join(
         f'    <position name="{name}" joint="{name}" kp="{kp}" kv="{kv}" forcerange="-{force} {force}"/>'
-        for name, (kp, kv, force) in zip(JOINT_NAMES, _DRIVES, strict=True)
+        for name, (kp, kv, force) in drives_of.items()
     )
+    fingers = _FIXED_FINGERS
+    if gripper:
+        fingers = ''.join(_SLIDING_FINGER.format(name=name, side=side) for name, side in zip(FINGER_JOINTS, ('', '-'), strict=True))
+    arm = _ARM.replace('{fingers}', fingers).replace('<body ', '<body gravcomp="1" ')
     surroundings = '' if arm_only else _SURROUNDINGS + _floor() + _TABLE + objects
     return f"""
 <mujoco model="tabletop">
@@ -130,7 +153,7 @@ def tabletop_xml(arm_only: bool = False) -> str:
     <material name="dark" rgba=".20 .21 .24 1" specular=".3" shininess=".4"/>
     <material name="accent" rgba=".30 .62 .70 1" specular=".3"/>
   </asset>
-  <worldbody>{surroundings}{_ARM.replace('<body ', '<body gravcomp="1" ')}  </worldbody>
+  <worldbody>{surroundings}{arm}  </worldbody>
   <actuator>
 {drives}
   </actuator>

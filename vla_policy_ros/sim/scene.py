@@ -34,6 +34,8 @@ HOME_SPREAD = 0.12
 WORKSPACE_X = (0.36, 0.66)
 WORKSPACE_Y = (-0.26, 0.26)
 MIN_SPACING = 0.09
+SCALES = (0.92, 1.12)
+GRASPABLE_SCALES = (0.72, 0.84)
 ZONE_RADIUS = 0.05
 ZONE_SPACING = 0.10
 SHARED_COLOUR_PROBABILITY = 0.35
@@ -51,7 +53,7 @@ _TABLE_TONE = np.array([0.64, 0.60, 0.55])
 
 @dataclass(frozen=True)
 class Variation:
-    """How a scene departs from the nominal one. Objects and start pose depend on the seed and the first four fields only.
+    """How a scene departs from the nominal one. Objects and start pose depend on the seed and the first five fields only.
 
     Attributes:
         kinds: ``trained``, or ``held_out``: the first object is of a kind that ordinary scenes never show.
@@ -59,6 +61,7 @@ class Variation:
         twins: the second object is of the first one's kind, so that a sentence may fit both.
         zone: a coloured disc is painted on the table, clear of the objects, and the first object is a cube, which can be
             pushed: balls roll and cylinders fall.
+        graspable: all objects are small enough for the gripper, whichever way it takes them.
         camera: ``nominal``, ``jitter`` (position uniform within CAMERA_SHIFT m per axis, axes tilted by CAMERA_TILT degrees, one
             standard deviation) or ``shifted`` (position uniform within ``camera_shift`` m per axis, nothing else).
         camera_shift: m.
@@ -69,6 +72,7 @@ class Variation:
     shared_colour: bool | None = None
     twins: bool = False
     zone: bool = False
+    graspable: bool = False
     camera: str = 'nominal'
     camera_shift: float = 0.025
     surroundings: bool = False
@@ -170,7 +174,7 @@ def sample_scene(seed: int, variation: Variation = NOMINAL) -> Scene:
             float(x),
             float(y),
             float(rng.uniform(-np.pi / 4, np.pi / 4)),
-            float(rng.uniform(0.92, 1.12)),
+            float(rng.uniform(*(GRASPABLE_SCALES if variation.graspable else SCALES))),
             _tint(surroundings) if variation.surroundings else (0.0, 0.0, 0.0),
         )
         for (colour, shape), (x, y) in zip(pairs, _places(rng), strict=True)

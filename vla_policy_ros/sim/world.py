@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla_policy_ros.sim.engine import mujoco
-from vla_policy_ros.sim.mjcf import CAMERA_NAMES, JOINT_NAMES, OBJECT_SLOTS, TIMESTEP, tabletop_xml
+from vla_policy_ros.sim.mjcf import CAMERA_NAMES, FINGER_JOINTS, FINGER_OPEN, JOINT_NAMES, OBJECT_SLOTS, TIMESTEP, tabletop_xml
 from vla_policy_ros.sim.renderer import OffscreenRenderer
 from vla_policy_ros.sim.scene import COLOURS, NOMINAL, ObjectSpec, Scene, Variation, sample_scene
 from vla_policy_ros.types import NS_PER_S, CameraView
@@ -36,15 +36,15 @@ class TabletopWorld:
     Attributes:
         model, data: the MuJoCo model and state; read them, but change them through the methods only.
         scene: the scene of the last reset.
+        joint_names: the joints that are driven: J of them, the seven of the arm first.
     """
 
-    joint_names = JOINT_NAMES
     camera_names = CAMERA_NAMES
 
-    def __init__(self, width: int = IMAGE_WIDTH, height: int = IMAGE_HEIGHT) -> None:
-        """``width`` and ``height`` are the default and largest image size, pixels."""
+    def __init__(self, width: int = IMAGE_WIDTH, height: int = IMAGE_HEIGHT, *, gripper: bool = False) -> None:
+        """``width`` and ``height`` are the default and largest image size, pixels. With a ``gripper`` the fingers are one more joint."""
         self.width, self.height = width, height
-        self.model = mujoco.MjModel.from_xml_string(tabletop_xml())
+        self.model = mujoco.MjModel.from_xml_string(tabletop_xml(gripper=gripper))
         self.data = mujoco.MjData(self.model)
         self._lag = -self.model.actuator_biasprm[:, 2] / self.model.actuator_gainprm[:, 0]
         self._renderer: OffscreenRenderer | None = None
@@ -53,8 +53,13 @@ class TabletopWorld:
         self._object_geoms = [self.model.geom(f'object{slot}').id for slot in range(OBJECT_SLOTS)]
         self._object_qpos = [int(self.model.joint(f'object{slot}').qposadr[0]) for slot in range(OBJECT_SLOTS)]
         self._tcp = self.model.site('tcp').id
-        self._arm_qpos = np.array([int(self.model.joint(name).qposadr[0]) for name in JOINT_NAMES])
-        self._arm_qvel = np.array([int(self.model.joint(name).dofadr[0]) for name in JOINT_NAMES])
+        self.joint_names = (*JOINT_NAMES, FINGER_JOINTS[0]) if gripper else JOINT_NAMES
+        # The second finger does what the first one does.
+        self._driven = np.array([*range(len(JOINT_NAMES)), *([7, 7] if gripper else [])])
+        names = (*JOINT_NAMES, *FINGER_JOINTS) if gripper else JOINT_NAMES
+        self._qpos, self._qvel = (
+            np.array([int(getattr(self.model.joint(name), kind)[0]) for name in names]) for kind in ('qposadr', 'dofadr')
+        )
         self._lamp = self.model.light('lamp').id
         self._zone = self.model.geom('zone').id
         self._table_material = self.model.material('table').id
@@ -96,11 +101,15 @@ class TabletopWorld:
         self.scene = scene
         mujoco.mj_forward(self.model, self.data)
 
-    def set_arm(self, positions: NDArray[np.float64]) -> None:
-        """Teleport the arm to ``positions [7]`` at rest, with the drives holding it there; objects stay."""
-        self.data.qpos[self._arm_qpos] = positions
-        self.data.qvel[self._arm_qvel] = 0.0
-        self.data.ctrl[:] = positions
+    def set_arm(self, positions: NDArray[np.float64], finger: float = FINGER_OPEN) -> None:
+        """Teleport the arm to ``positions [7]`` at rest, with the drives holding it there; objects stay.
+
+        ``finger`` is where the fingers of a gripper go, m.
+        """
+        whole = np.append(positions, finger)[self._driven]
+        self.data.qpos[self._qpos] = whole
+        self.data.qvel[self._qvel] = 0.0
+        self.data.ctrl[:] = whole
         mujoco.mj_forward(self.model, self.data)
 
     def put_objects(self, places: NDArray[np.float64]) -> None:
@@ -138,24 +147,28 @@ class TabletopWorld:
         return self._steps * _TIMESTEP_NS
 
     def joint_state(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Measured positions ``[7]`` in rad and velocities ``[7]`` in rad/s, in the order of `joint_names`."""
-        return self.data.qpos[self._arm_qpos].copy(), self.data.qvel[self._arm_qvel].copy()
+        """Measured positions ``[J]`` in rad (the fingers' in m) and velocities ``[J]``, in the order of `joint_names`."""
+        count = len(self.joint_names)
+        return self.data.qpos[self._qpos[:count]].copy(), self.data.qvel[self._qvel[:count]].copy()
 
     def joint_efforts(self) -> NDArray[np.float64]:
-        """Torques ``[7]`` of the drives, N m (without the gravity compensation)."""
-        return np.array(self.data.qfrc_actuator[self._arm_qvel])
+        """Torques ``[J]`` of the drives, N m (without the gravity compensation; the fingers' are forces, N)."""
+        return np.array(self.data.qfrc_actuator[self._qvel[: len(self.joint_names)]])
 
     def set_position_targets(self, positions: NDArray[np.float64], velocities: NDArray[np.float64] | None = None) -> None:
-        """Give the drives position targets ``[7]``; ``velocities [7]`` feed the damping forward, which removes most of the lag.
+        """Give the drives position targets ``[J]``; ``velocities [J]`` feed the damping forward, which removes most of the lag.
 
         Raises:
             ValueError: wrong shape or a value that is not finite.
         """
         targets = np.asarray(positions, dtype=np.float64)
         feed = np.zeros_like(targets) if velocities is None else np.asarray(velocities, dtype=np.float64)
-        if targets.shape != (7,) or feed.shape != (7,) or not (np.isfinite(targets).all() and np.isfinite(feed).all()):
-            raise ValueError(f'position targets must be 7 finite numbers in rad, got {positions!r} with velocities {velocities!r}')
-        self.data.ctrl[:] = targets + self._lag * feed
+        wanted = (len(self.joint_names),)
+        if targets.shape != wanted or feed.shape != wanted or not (np.isfinite(targets).all() and np.isfinite(feed).all()):
+            raise ValueError(
+                f'position targets must be {wanted[0]} finite numbers, got {positions!r} with velocities {velocities!r}'
+            )
+        self.data.ctrl[:] = targets[self._driven] + self._lag * feed[self._driven]
 
     def step(self, dt: float) -> None:
         """Advance simulated time by ``dt`` seconds, a whole number of physics steps of `mjcf.TIMESTEP`. Raises ValueError

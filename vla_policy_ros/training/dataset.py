@@ -22,7 +22,6 @@ from torch import Tensor
 from vla_policy_ros.model.processing import MapAnythingLlava3DProcessor
 from vla_policy_ros.types import Observation
 
-
 DEPTH_SIDE = 16
 
 

@@ -1,8 +1,8 @@
 """What a task is: how an episode is drawn, what the expert does in it, and how its end is judged.
 
 Experts are memoryless and kinematic: from joint positions and the places of the objects follows the next target, and a task
-says how it carries the objects along. A chunk of such steps needs no physics, and any state is a valid start, so that training examples can
-be drawn without playing episodes.
+says how it carries the objects along. A chunk of such steps needs no physics, and any state is a valid start, so that training
+examples can be drawn without playing episodes.
 
 Enters: seeds and conditions. Leaves: episodes, expert steps, outcomes. Pure, but for the `ArmKinematics` that is handed in.
 Units rad, m; world frame as in `mjcf`.
@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 
 from vla_policy_ros.sim.expert import ArmKinematics
 from vla_policy_ros.sim.instructions import HELD_OUT_TEMPLATES, NAMINGS
+from vla_policy_ros.sim.mjcf import FINGER_OPEN
 from vla_policy_ros.sim.scene import JITTER, Scene, Variation
 from vla_policy_ros.sim.world import TabletopWorld
 
+FINGER_STEP = 0.012
 PHRASINGS = ('trained', 'held_out')
 
 
@@ -86,10 +88,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class TaskState:
-    """Joint positions ``q [7]`` and centres of the objects ``[slots, 3]``."""
+    """Joint positions ``q [7]`` and centres of the objects ``[slots, 3]``; how far each finger is from the middle (m), and where
+    it is told to go, which is further in while it holds something."""
 
     q: NDArray[np.float64]
     objects: NDArray[np.float64]
+    finger: float = FINGER_OPEN
+    finger_target: float = FINGER_OPEN
+
+    def finger_towards(self, wanted: float) -> float:
+        """What to tell the fingers, m, so that they get to ``wanted`` in steps that they can follow."""
+        return self.finger + min(FINGER_STEP, max(-FINGER_STEP, wanted - self.finger))
 
     def moved(self, q: NDArray[np.float64]) -> TaskState:
         """The same objects, the arm elsewhere."""
@@ -102,6 +111,7 @@ class Task(Protocol):
     Attributes:
         name: as in `TASKS`.
         seconds: how long an episode lasts, simulated.
+        needs_gripper: whether only a robot with a gripper can do it.
     """
 
     @property
@@ -109,6 +119,9 @@ class Task(Protocol):
 
     @property
     def seconds(self) -> float: ...
+
+    @property
+    def needs_gripper(self) -> bool: ...
 
     def sample(self, seed: int, conditions: Conditions) -> Episode:
         """The episode of a seed. Raises ValueError where the conditions do not fit the task."""

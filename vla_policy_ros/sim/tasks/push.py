@@ -34,6 +34,8 @@ BEHIND = 0.03
 LINE_WIDTH = 0.014
 LOW = 0.055
 ARRIVED = 0.012
+FINGERS = 0.022
+"""Distance of each finger of a gripper from the middle, m: too close for a cube to slip between."""
 PUSH_SPEED = 0.14
 TURN_PER_STEP = 0.15
 SUCCESS_DISTANCE = 0.04
@@ -47,6 +49,7 @@ class Push:
 
     name = 'push'
     seconds = 10.0
+    needs_gripper = False
 
     def sample(self, seed: int, conditions: Conditions) -> Episode:
         if conditions.scene.kinds == 'held_out' or conditions.naming not in ('any', 'full'):
@@ -70,7 +73,8 @@ class Push:
         q = step_towards(kinematics, state.q, way, period, speed, _turn(kinematics.heading(), ahead))
         objects = state.objects.copy()
         objects[slot] = _carried(kinematics.place(q)[0], objects[slot], spec)
-        return TaskState(q, objects)
+        finger = state.finger_towards(FINGERS)
+        return TaskState(q, objects, finger, finger)
 
     def measure(self, world: TabletopWorld, episode: Episode) -> Outcome:
         zone = _zone(episode.scene)
