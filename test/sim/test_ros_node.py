@@ -26,6 +26,7 @@ from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from vla_policy_ros.ros.controllers import ParameterReader
 from vla_policy_ros.ros.inputs import controller_state_type
+from vla_policy_ros.sim.mjcf import JOINT_NAMES
 from vla_policy_ros.sim.requests import episode_request
 from vla_policy_ros.sim.tasks import TASKS, Conditions
 from vla_policy_ros.sim.world import TabletopWorld
@@ -171,7 +172,7 @@ def test_sensors_arrive_at_their_rates_with_simulated_stamps_and_true_calibratio
 
     states = listener.heard['/joint_states']
     assert len(states) / span == pytest.approx(100.0, rel=0.4)
-    assert list(states[-1].name) == list(TabletopWorld.joint_names)
+    assert list(states[-1].name) == list(JOINT_NAMES)
     assert len(states[-1].position) == len(states[-1].velocity) == len(states[-1].effort) == 7
     assert len(listener.heard['/joint_trajectory_controller/controller_state']) / span == pytest.approx(50.0, rel=0.4)
 
@@ -180,7 +181,7 @@ def test_sensors_arrive_at_their_rates_with_simulated_stamps_and_true_calibratio
 def test_bad_trajectory_is_refused_with_the_reason_and_a_good_one_is_executed(simulator):
     listener, process, report_file = simulator
     listener.until(lambda: listener.trajectories.get_subscription_count() == 1)
-    names, q = TabletopWorld.joint_names, np.array(listener.heard['/joint_states'][-1].position)
+    names, q = JOINT_NAMES, np.array(listener.heard['/joint_states'][-1].position)
 
     listener.trajectories.publish(trajectory([*names[:6], 'elbow'], q + 0.2, 1.0))
     listener.until(lambda: listener.status()['trajectories']['rejected'] == 1)
@@ -216,7 +217,7 @@ def test_controllers_tell_their_parameters_as_those_of_a_robot_do(simulator):
         reader.close()
     assert heard['controller_manager']['update_rate'] == 100
     values = heard['joint_trajectory_controller']
-    assert values['joints'] == list(TabletopWorld.joint_names)
+    assert values['joints'] == list(JOINT_NAMES)
     assert values['interpolate_from_desired_state'] is True and values['interpolation_method'] == 'splines'
     assert values['allow_nonzero_velocity_at_trajectory_end'] is False and values['constraints.goal_time'] == 0.0
 

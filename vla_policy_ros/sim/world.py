@@ -42,7 +42,10 @@ class TabletopWorld:
     camera_names = CAMERA_NAMES
 
     def __init__(self, width: int = IMAGE_WIDTH, height: int = IMAGE_HEIGHT, *, gripper: bool = False) -> None:
-        """``width`` and ``height`` are the default and largest image size, pixels. With a ``gripper`` the fingers are one more joint."""
+        """``width`` and ``height`` are the default and largest image size, pixels.
+
+        With a ``gripper`` the fingers are one more joint.
+        """
         self.width, self.height = width, height
         self.model = mujoco.MjModel.from_xml_string(tabletop_xml(gripper=gripper))
         self.data = mujoco.MjData(self.model)

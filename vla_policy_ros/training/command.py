@@ -21,6 +21,7 @@ from vla_policy_ros.training.export import check_out, run_id, write_checkpoint
 from vla_policy_ros.training.parallel import Parallel
 from vla_policy_ros.training.sources import TrainingData, open_data
 from vla_policy_ros.training.trainer import Trainer, fit_statistics
+from vla_policy_ros.training.transfer import transfer_weights
 
 
 class Start(NamedTuple):
@@ -65,6 +66,11 @@ def make_trainer(config: TrainingConfig, robot: Robot, parallel: Parallel) -> Tr
 
 
 def _start(config: TrainingConfig, robot: Robot) -> Start:
+    if config.transfer_from is not None:
+        assert config.preset is not None  # the schema wants it
+        model = new_model(robot, config.preset, config.seed, config.network)
+        content = transfer_weights(model, checkpoint_path(config.transfer_from))
+        return Start(model, new_processor(robot, config.preset, model.config), content)
     if config.start_from is not None:
         opened = load_checkpoint(checkpoint_path(config.start_from), robot)
         return Start(opened.model, opened.processor, opened.content_hash)

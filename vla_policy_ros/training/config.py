@@ -125,6 +125,9 @@ class TrainingConfig(Section):
     start_from: str | None = Field(
         None, description='Checkpoint whose weights to start from. `preset` then only gives the sizes for a dry run without it.'
     )
+    transfer_from: str | None = Field(
+        None, description='Checkpoint of another robot whose weights to start from, where they do not depend on it; with `preset`.'
+    )
     keep_statistics: bool = Field(
         False, description='Keep the statistics of `start_from`, as a continued training on the same robot needs them.'
     )
@@ -153,6 +156,8 @@ class TrainingConfig(Section):
     def _consistent(self) -> TrainingConfig:
         if self.preset is None and self.start_from is None:
             raise ValueError('give preset (train from nothing) or start_from (a checkpoint)')
+        if self.transfer_from is not None and (self.preset is None or self.start_from is not None):
+            raise ValueError('transfer_from goes with preset, the size of that checkpoint, and without start_from')
         if self.start_from is not None and self.network:
             raise ValueError('network changes the sizes of a preset; those of start_from are fixed: remove network')
         if self.keep_statistics and self.start_from is None:
@@ -171,7 +176,7 @@ class TrainingConfig(Section):
 
 # What may differ between a run and its continuation: where and how often things are written, and how far the run goes.
 _FREE = (
-    'run', 'out', 'logging', 'threads', 'workers', 'save_dtype', 'sharding', 'robot', 'start_from',
+    'run', 'out', 'logging', 'threads', 'workers', 'save_dtype', 'sharding', 'robot', 'start_from', 'transfer_from',
     'optimisation.steps', 'data.folder', 'data.path', 'data.files', 'data.validation_files', 'data.validation_examples',
 )  # fmt: skip
 
