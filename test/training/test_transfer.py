@@ -34,7 +34,7 @@ def test_everything_but_the_robot_sized_projections_is_taken(donor: Path) -> Non
 def test_another_size_and_damaged_files_are_refused(donor: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'between robots, not between sizes'):
         transfer_weights(new_model(GRIPPER, 'tabletop'), donor)
-    with pytest.raises(ValueError, match='no model.safetensors'):
+    with pytest.raises(ValueError, match=r'no model\.safetensors'):
         transfer_weights(new_model(GRIPPER, 'tiny'), tmp_path)
     whole = (donor / 'model.safetensors').read_bytes()
     (tmp_path / 'model.safetensors').write_bytes(whole[: len(whole) // 2])
