@@ -48,6 +48,22 @@ def test_the_expert_succeeds_and_looks_as_often_as_asked(robot: Robot, episode: 
     assert len({observation.stamp_ns for observation in expert.seen}) == looks
 
 
+@pytest.mark.parametrize('task', TASKS)
+def test_the_expert_of_every_task_succeeds_where_it_sees_what_it_does(task: str) -> None:
+    robot = load_robot(robot_path('tabletop_gripper' if TASKS[task].needs_gripper else 'tabletop'))
+    results = []
+    for seed in scene_seeds(1, 3, 'choice'):
+        expert = Expert(robot, TASKS[task].sample(seed, NOMINAL))
+        with ClosedLoop(expert, robot, LoopSettings(executed=4)) as loop:
+            results.append(loop.run(TASKS[task], seed, NOMINAL, expert.watch))
+    assert sum(result.success for result in results) >= 2, results
+
+
+def test_a_task_that_needs_a_gripper_is_refused_without_one(robot: Robot, episode: Episode) -> None:
+    with ClosedLoop(Expert(robot, episode), robot, LoopSettings()) as loop, pytest.raises(ValueError, match='needs a gripper'):
+        loop.run(TASKS['pick'], SEED, NOMINAL)
+
+
 def test_who_goes_to_another_object_is_at_the_wrong_object(robot: Robot, episode: Episode) -> None:
     (other, *_) = (slot for slot in range(3) if slot not in episode.targets)
     result = play(robot, Expert(robot, replace(episode, targets=(other,))))

@@ -106,6 +106,7 @@ def test_failures_are_filmed_to_their_end(checkpoint: Path, tmp_path: Path) -> N
         (('--variation', 'upside_down'), "unknown part 'upside_down'"),
         (('--tasks', 'reach_any', '--variation', 'shape_only'), 'reach_any'),
         (('--episodes', '0'), 'episodes is 0'),
+        (('--tasks', 'pick'), 'needs a gripper'),
         (('--seed', '-1'), 'seed is -1'),
         (('--executed', '17'), 'has 16 actions'),
         (('--jobs', '0'), 'jobs is 0'),

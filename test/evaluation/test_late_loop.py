@@ -37,6 +37,15 @@ def test_the_expert_arrives_with_the_latency_of_a_large_network(chunking: Any) -
     assert 15 <= len(expert.seen) <= 25
 
 
+def test_a_robot_with_two_controllers_picks_in_the_runtimes_loop() -> None:
+    robot, task = load_robot(robot_path('tabletop_gripper')), TASKS['pick']
+    expert = Expert(robot, task.sample(SEED, NOMINAL))
+    with LateLoop(expert, robot, LateSettings(latency_ms=50)) as loop:
+        expert.watch(loop.world)
+        result = loop.run(task, SEED, NOMINAL)
+    assert result.success, result
+
+
 def test_an_answer_that_comes_after_the_end_moves_nothing() -> None:
     expert = Expert(ROBOT, EPISODE)
     still, moved = play(expert, latency_ms=1000, seconds=0.8), play(Expert(ROBOT, EPISODE), latency_ms=0, seconds=0.8)

@@ -94,7 +94,7 @@ class ClosedLoop:
         self._world.close()
 
     def run(self, task: Task, seed: int, conditions: Conditions, watch: Watch | None = None) -> EpisodeResult:
-        """The episode of a scene seed. Raises ValueError where conditions or probe do not fit the task."""
+        """The episode of a scene seed. Raises ValueError where robot, conditions or probe do not fit the task."""
         check_task(task, self._robot)
         episode = task.sample(seed, conditions)
         told = about_another_object(episode, seed) if self._settings.probe.wrong_instruction else episode

@@ -26,7 +26,9 @@ from vla_policy_ros.evaluation.report import EpisodeResult
 from vla_policy_ros.robot import Robot
 from vla_policy_ros.runtime import ChunkReport, Infer, PolicyRuntime, Settings, State
 from vla_policy_ros.sim.controller import SimulatedRobot
+from vla_policy_ros.sim.dataset import check_task
 from vla_policy_ros.sim.tasks import Conditions, Task
+from vla_policy_ros.sim.world import TabletopWorld
 from vla_policy_ros.types import NS_PER_S, ActionChunk, CameraView, JointTrajectory, KnownActions, Observation
 
 _MS = 1_000_000
@@ -69,6 +71,11 @@ class LateLoop:
         self._infer, self._robot, self._settings = infer, robot, settings
         self._arm = SimulatedRobot(robot, seed=0)
 
+    @property
+    def world(self) -> TabletopWorld:
+        """The world of the arm; all episodes are played in it."""
+        return self._arm.world
+
     def __enter__(self) -> LateLoop:
         return self
 
@@ -76,7 +83,8 @@ class LateLoop:
         self._arm.world.close()
 
     def run(self, task: Task, seed: int, conditions: Conditions) -> EpisodeResult:
-        """The episode of a scene seed. Raises ValueError where the conditions do not fit the task."""
+        """The episode of a scene seed. Raises ValueError where robot or conditions do not fit the task."""
+        check_task(task, self._robot)
         episode = task.sample(seed, conditions)
         self._arm.begin_episode(task, episode)
         play = _Play(self._arm, self._robot, self._infer, self._settings, seed)

@@ -29,6 +29,7 @@ from vla_policy_ros.evaluation.variations import conditions_of
 from vla_policy_ros.evaluation.workers import Cell
 from vla_policy_ros.robot import Robot, load_robot
 from vla_policy_ros.sim.controller import START_NS
+from vla_policy_ros.sim.dataset import check_task
 from vla_policy_ros.sim.requests import episode_request
 from vla_policy_ros.sim.tasks import TASKS
 from vla_policy_ros.types import NS_PER_S
@@ -57,6 +58,8 @@ def evaluate_over_ros(options: EvaluationOptions, out: Path | None, on_result: O
     """
     _refuse_what_needs_one_process(options)
     robot = load_robot(options.robot_file)
+    for name in options.tasks:
+        check_task(TASKS[name], robot)
     os.environ.update(ros_environment(os.environ))
     try:
         from vla_policy_ros.ros.evaluation_observer import EvaluationObserver

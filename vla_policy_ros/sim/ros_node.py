@@ -36,7 +36,7 @@ from vla_policy_ros.control.jtc import TrajectoryMessage, TrajectoryPoint
 from vla_policy_ros.resources import ResourceError, robot_path
 from vla_policy_ros.robot import RobotFileError, load_robot
 from vla_policy_ros.sim.controller import SimulatedRobot
-from vla_policy_ros.sim.dataset import RobotMismatch
+from vla_policy_ros.sim.dataset import RobotMismatch, check_task
 from vla_policy_ros.sim.engine import RenderError
 from vla_policy_ros.sim.requests import requested_episode
 from vla_policy_ros.sim.tasks import Episode, Task
@@ -147,6 +147,7 @@ class SimulatorNode(Node):
             if parameter.name == 'episode' and parameter.value:
                 try:
                     asked = requested_episode(parameter.value)
+                    check_task(asked[0], self.robot.robot)
                 except ValueError as error:
                     return SetParametersResult(successful=False, reason=f'episode: {error}')
             if parameter.name != 'disabled_cameras':
