@@ -13,7 +13,7 @@ import pytest
 import yaml
 from squares import ROOT, example_set, settings
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 STEPS = 24
 SECTIONS = {

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from squares import example_set, rows
-from two_processes import LARGE, train
+from two_processes import LARGE, SHARED, train
 
 from vla_policy_ros.training.dataset import ExampleSet
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 HERE = Path(__file__).resolve().parent
 
 
@@ -43,12 +43,13 @@ def runs(data: ExampleSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
         [*command, str(folder / 'examples.safetensors'), str(folder)],
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=500,
         env={**os.environ, 'OMP_NUM_THREADS': '1'},
     )
     assert done.returncode == 0, done.stderr[-4000:]
     train(data, folder / 'one')
     train(data, folder / 'one_large', **LARGE)
+    train(data, folder / 'one_shared', **SHARED)
     return folder
 
 
@@ -71,6 +72,11 @@ def test_two_processes_have_the_losses_of_one(runs: Path, kind: str) -> None:
     for mine, theirs in zip(rows(runs / kind, 'validation'), rows(runs / 'one', 'validation'), strict=True):
         assert mine['flow'] == pytest.approx(theirs['flow'], abs=1e-5)
         assert mine['action_error'] == pytest.approx(theirs['action_error'], abs=1e-5)
+
+
+def test_layers_that_run_twice_in_a_step_are_sharded_too(runs: Path) -> None:
+    np.testing.assert_allclose(losses(runs / 'shared')[:, :2], losses(runs / 'one_shared')[:, :2], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(losses(runs / 'shared')[:, 2], losses(runs / 'one_shared')[:, 2], rtol=1e-4)
 
 
 def test_two_processes_have_the_gradients_of_one(runs: Path) -> None:

@@ -91,6 +91,15 @@ def test_accumulated_parts_of_a_step_are_the_whole_step(robot: Robot, data: Exam
     np.testing.assert_allclose(losses[2], losses[0], rtol=1e-5)
 
 
+def test_processes_that_prepare_examples_change_nothing(robot: Robot, data: ExampleSet, tmp_path: Path) -> None:
+    flows = []
+    for workers in (0, 2):
+        folder = tmp_path / str(workers)
+        make_trainer(robot, data, folder, workers=workers, logging={'log_every': 1}).run()
+        flows.append([row['flow'] for row in rows(folder, 'train')])
+    assert flows[0] == flows[1] and len(flows[0]) == 6
+
+
 def test_an_interrupted_run_continues_as_if_it_had_not_stopped(robot: Robot, data: ExampleSet, tmp_path: Path) -> None:
     logging = {'checkpoint_every': 3}
     whole = make_trainer(robot, data, tmp_path / 'whole', logging=logging)

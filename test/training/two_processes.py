@@ -28,6 +28,9 @@ LARGE = {
 }
 """How a large network is fine-tuned."""
 
+SHARED = {'network': {'expert_config': {'mode': 'shared', 'hidden_size': 64, 'time_conditioning': 'concat_mlp'}}}
+"""Both streams run through the same layers, so that each gathers and gives gradients twice in a step."""
+
 
 class Interrupted(Exception):
     """Stands for a kill after the state of a step was written."""
@@ -58,6 +61,7 @@ def main() -> None:
     assert train(data, folder / 'continued', sharding='fsdp')
     train(data, folder / 'moved', interrupt=True, sharding='fsdp')
     train(data, folder / 'large', sharding='fsdp', **LARGE)
+    train(data, folder / 'shared', sharding='fsdp', **SHARED)
 
 
 if __name__ == '__main__':
