@@ -469,6 +469,7 @@ def evaluate(
     videos: Annotated[Path | None, typer.Option(help='Folder for videos of the first failures.')] = None,
     max_videos: Annotated[int, typer.Option(min=0, help='So many failures at most.')] = 5,
     logs: Annotated[Path | None, typer.Option(help='Folder for the logs of the processes of --ros.')] = None,
+    pace: Annotated[bool, typer.Option('--pace', help='With --ros: slow down until the policy keeps its rate.')] = False,
 ) -> None:
     """Measure in closed loop, in simulation, how often a checkpoint does what it is told."""
     from vla_policy_ros.demo.loop import LoopError
@@ -500,7 +501,7 @@ def evaluate(
             videos=videos,
             max_videos=max_videos,
         )
-        raise typer.Exit(run(options, json_file, ros, logs))
+        raise typer.Exit(run(options, json_file, ros, logs, pace))
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from vla_policy_ros.evaluation.report import TABLE_HEAD, table_rows
 _FILE_WIDTH = 140
 
 
-def run(options: EvaluationOptions, json_file: str | None, over_ros: bool, out: Path | None = None) -> int:
+def run(options: EvaluationOptions, json_file: str | None, over_ros: bool, out: Path | None = None, pace: bool = False) -> int:
     """Evaluate and report. 0, or 1 where it was interrupted: what was finished is reported then, too.
 
     Args:
@@ -29,6 +29,7 @@ def run(options: EvaluationOptions, json_file: str | None, over_ros: bool, out: 
         json_file: file for the document; ``-`` prints it and nothing else on stdout; None writes none.
         over_ros: through topics, node and controllers rather than in process.
         out: with ``over_ros``, the folder for the logs of the processes; None keeps none.
+        pace: with ``over_ros``, let simulated time slow down until the policy keeps its rate.
 
     Raises:
         OSError, ValueError: something cannot be used; the message says what.
@@ -40,7 +41,7 @@ def run(options: EvaluationOptions, json_file: str | None, over_ros: bool, out: 
         if over_ros:
             from vla_policy_ros.evaluation.ros_closed_loop import evaluate_over_ros
 
-            found = evaluate_over_ros(options, out, on_result)
+            found = evaluate_over_ros(options, out, on_result, pace=pace)
         else:
             found = evaluate(options, on_result)
     text = json.dumps(found, indent=1, allow_nan=False)

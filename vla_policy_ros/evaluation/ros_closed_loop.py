@@ -21,6 +21,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from vla_policy_ros.demo.loop import ClosedLoopProcesses, LoopError, uninterrupted
+from vla_policy_ros.demo.pace import Pace
 from vla_policy_ros.demo.processes import ros_environment
 from vla_policy_ros.evaluation.evaluate import EvaluationOptions, OnResult, document
 from vla_policy_ros.evaluation.probes import about_another_object
@@ -44,13 +45,16 @@ _STALL_TIMEOUT_S = 20.0
 _PATIENCE_S = 10.0
 
 
-def evaluate_over_ros(options: EvaluationOptions, out: Path | None, on_result: OnResult | None = None) -> dict[str, Any]:
+def evaluate_over_ros(
+    options: EvaluationOptions, out: Path | None, on_result: OnResult | None = None, *, pace: bool = False
+) -> dict[str, Any]:
     """Play all episodes and return the document, with what the loop was like under ``ros``. Ctrl-C ends it early.
 
     Args:
         options: what to evaluate; some of it is for the evaluation in process only and refused here.
         out: folder for the logs of both processes; None keeps none.
         on_result: hears of every episode.
+        pace: let simulated time slow down until the policy keeps its rate, for machines that do other work, too.
 
     Raises:
         ValueError: an option that cannot be had over ROS, or the robot file cannot be used.
@@ -69,7 +73,7 @@ def evaluate_over_ros(options: EvaluationOptions, out: Path | None, on_result: O
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) if out is None else out.absolute()
         folder.mkdir(parents=True, exist_ok=True)
         observer = stack.enter_context(EvaluationObserver(robot))
-        return _Session(options, robot, observer, folder).run(on_result)
+        return _Session(options, robot, observer, folder, Pace(1.0, 0.0) if pace else None).run(on_result)
 
 
 def _refuse_what_needs_one_process(options: EvaluationOptions) -> None:
@@ -97,10 +101,13 @@ class _Totals:
 
 
 class _Session:
-    def __init__(self, options: EvaluationOptions, robot: Robot, observer: EvaluationObserver, folder: Path) -> None:
+    def __init__(
+        self, options: EvaluationOptions, robot: Robot, observer: EvaluationObserver, folder: Path, pace: Pace | None
+    ) -> None:
         self._options, self._robot, self._observer, self._folder = options, robot, observer, folder
         self._processes = ClosedLoopProcesses()
         self._totals = _Totals()
+        self._pace = pace
 
     def run(self, on_result: OnResult | None) -> dict[str, Any]:
         began = perf_counter()
@@ -202,6 +209,7 @@ class _Session:
         moved = time.monotonic()
         while not condition():
             self._processes.check(self._observer.status)
+            self._keep_pace()
             time.sleep(_POLL_S)
             now = self._now_s
             if now > last:
@@ -210,6 +218,11 @@ class _Session:
                 raise LoopError(f'{problem}, {_PATIENCE_S:g} s after it should have')
             if time.monotonic() - moved > _STALL_TIMEOUT_S:
                 raise LoopError(f'simulated time has stood still for {_STALL_TIMEOUT_S:g} s')
+
+    def _keep_pace(self) -> None:
+        factor = None if self._pace is None else self._pace.slower(self._now_s, self._observer.status.requests_skipped)
+        if factor is not None:
+            self._observer.set_realtime_factor(factor)
 
     def _count(self, before: Any, after: Any, simulated_s: float, wall_s: float) -> None:
         totals = self._totals
