@@ -14,7 +14,7 @@ RUN = export PATH="$(VENV)/bin:$$PATH" AMENT_PREFIX_PATH="$(VENV)" \
 	FASTRTPS_DEFAULT_PROFILES_FILE="$${FASTRTPS_DEFAULT_PROFILES_FILE:-$(CURDIR)/config/fastdds.xml}" \
 	MUJOCO_GL="$${MUJOCO_GL:-$$(cat $(VENV)/.setup/renderer)}" PYTHONUNBUFFERED=1;
 
-.PHONY: help setup demo test lint bench colcon clean
+.PHONY: help setup demo test lint bench checkpoint colcon clean
 
 help:  ## list the commands
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -38,6 +38,10 @@ lint: setup  ## ruff and mypy
 
 bench: setup  ## measure what each stage costs on this machine
 	@$(RUN) python benchmarks/stages.py $(ARGS)
+
+# Hours: each part goes on where an interrupt left it.
+checkpoint: setup  ## train the shipped checkpoint from nothing, into runs/tabletop/checkpoint
+	@$(RUN) export OMP_NUM_THREADS=1; vla-policy train tabletop_perception && vla-policy train tabletop
 
 colcon: setup  ## build both packages as on a robot, into install/
 	@PYTHON="$(PYTHON)" .ci/setup.sh colcon
