@@ -28,20 +28,31 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != 'ROS_DOMAIN_ID'}
 
 
+def run(*arguments: str, patience: float = 200.0) -> tuple[int, str, str]:
+    """Exit code and output of an evaluation over ROS. One that takes too long is ended so that it ends its own processes."""
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        output, errors = process.communicate(timeout=patience)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        output, errors = process.communicate()
+    return process.returncode, output, errors
+
+
 @pytest.mark.dds
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_episodes_over_ros_are_those_of_the_evaluation_in_process(tmp_path: Path) -> None:
     arguments = ['--episodes', '3', '--seed', '5', '--choice', '--variation', 'full_name+distinct_colours']
-    run = subprocess.run(
-        [*COMMAND, *arguments, '--logs', str(tmp_path)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200
-    )
-    assert run.returncode == 0, run.stderr
-    found: dict[str, Any] = json.loads(run.stdout)
+    code, output, errors = run(*arguments, '--logs', str(tmp_path))
+    assert code == 0, errors
+    found: dict[str, Any] = json.loads(output)
     inside = CliRunner().invoke(app, ['evaluate', '--rows', '--json', '-', *arguments])
     same: dict[str, Any] = json.loads(inside.stdout)
     reach, expected = found['tasks']['reach'], same['tasks']['reach']
-    assert reach.keys() == expected.keys() and found.keys() - {'ros'} == same.keys()
+    assert reach.keys() == expected.keys() and found.keys() - {'ros', 'failure'} == same.keys() and found['failure'] == ''
     assert found['mode'] == 'ros' and found['checkpoint']['hash'] == same['checkpoint']['hash']
     assert [(row['seed'], row['instruction']) for row in reach['rows']] == [
         (row['seed'], row['instruction']) for row in expected['rows']
@@ -58,30 +69,51 @@ def test_episodes_over_ros_are_those_of_the_evaluation_in_process(tmp_path: Path
 
 @pytest.mark.dds
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_checkpoint_that_does_not_fit_ends_it_with_the_reason_of_the_node(tmp_path: Path) -> None:
-    run = subprocess.run(
-        [*COMMAND, '--checkpoint', str(tmp_path), '--episodes', '1'], cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
-    assert (run.returncode, run.stdout) == (2, '')
-    assert 'the policy node cannot work' in run.stderr and 'Traceback' not in run.stderr
+    code, output, errors = run('--checkpoint', str(tmp_path), '--episodes', '1', patience=100.0)
+    assert (code, output) == (2, '')
+    assert 'the policy node cannot work' in errors and 'Traceback' not in errors
 
 
 @pytest.mark.dds
 @pytest.mark.slow
-@pytest.mark.timeout(120)
-def test_an_interrupt_reports_what_was_finished(tmp_path: Path) -> None:
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize('what', ['interrupt', 'killed node'])
+def test_an_early_end_reports_what_was_finished(tmp_path: Path, what: str) -> None:
     command = [*COMMAND, '--episodes', '50', '--seconds', '1', '--logs', str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
-    log, deadline = tmp_path / 'simulator.log', time.monotonic() + 90.0
-    while not (log.is_file() and log.read_text().count(': scene ') >= 4):  # the first is not of an episode
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log, deadline = tmp_path / 'simulator.log', time.monotonic() + 120.0
+    try:
+        while not (log.is_file() and log.read_text().count(': scene ') >= 4):  # the first is not of an episode
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        children = _children(process.pid, 'vla_policy_ros.')
+        victim = process.pid if what == 'interrupt' else _children(process.pid, 'vla_policy_ros.ros.policy_node')[0]
+        os.kill(victim, signal.SIGINT if what == 'interrupt' else signal.SIGKILL)
+    except BaseException:
+        process.terminate()
+        raise
+    output, errors = process.communicate(timeout=60)
     found = json.loads(output)
     assert process.returncode == 1 and found['interrupted'] is True
     assert 2 <= found['tasks']['reach']['episodes'] < 50
+    assert ('the policy was killed by signal 9' in errors) == ('killed by signal 9' in found['failure']) == (what != 'interrupt')
+    assert len(children) == 2 and not any(Path(f'/proc/{child}').exists() for child in children), 'no process is left behind'
+
+
+def _children(parent: int, module: str) -> list[int]:
+    """Processes started by ``parent`` whose command line names ``module``."""
+    found = []
+    for process in Path('/proc').iterdir():
+        try:
+            fields = (process / 'stat').read_text().rpartition(')')[2].split()
+            words = (process / 'cmdline').read_bytes().decode(errors='replace')
+        except (OSError, NotADirectoryError):
+            continue
+        if int(fields[1]) == parent and module in words and fields[0] != 'Z':
+            found.append(int(process.name))
+    return found
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,11 @@ class ClosedLoopProcesses:
                 return
             tell(f'waiting for {waiting}')
             time.sleep(POLL_S)
-        raise LoopError(f'not ready after {READY_TIMEOUT_S:.0f} s, still waiting for {_waiting_for(observer)}; see the logs')
+        late = self._children[0 if observer.report is None else -1]
+        raise LoopError(
+            f'not ready after {READY_TIMEOUT_S:.0f} s, still waiting for {_waiting_for(observer)}; the last lines of {late.log}:\n'
+            f'{late.tail()}'
+        )
 
     def brake(self, observer: DemoObserver) -> None:
         """Ask for a soft stop and wait until the arm rests, as far as both processes still run."""

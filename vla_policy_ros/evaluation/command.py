@@ -6,6 +6,7 @@ Enters: options. Leaves: an exit code. Main thread.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ _FILE_WIDTH = 140
 
 
 def run(options: EvaluationOptions, json_file: str | None, over_ros: bool, out: Path | None = None, pace: bool = False) -> int:
-    """Evaluate and report. 0, or 1 where it was interrupted: what was finished is reported then, too.
+    """Evaluate and report. 0, or 1 where it was interrupted or a process failed: what was finished is reported then, too.
 
     Args:
         options: what to evaluate.
@@ -51,7 +52,9 @@ def run(options: EvaluationOptions, json_file: str | None, over_ros: bool, out: 
         _show(found)
         if json_file is not None:
             Path(json_file).write_text(text + '\n', encoding='utf-8')
-    return 1 if found['interrupted'] else 0
+    if found.get('failure'):
+        print(found['failure'], file=sys.stderr)
+    return 1 if found['interrupted'] or found.get('failure') else 0
 
 
 def _check_writable(path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from vla_policy_ros.demo.loop import ClosedLoopProcesses, LoopError, uninterrupted
 from vla_policy_ros.demo.pace import Pace
-from vla_policy_ros.demo.processes import ros_environment
+from vla_policy_ros.demo.processes import ChildError, ros_environment
 from vla_policy_ros.evaluation.evaluate import EvaluationOptions, OnResult, document
 from vla_policy_ros.evaluation.probes import about_another_object
 from vla_policy_ros.evaluation.report import EpisodeResult
@@ -48,7 +49,9 @@ _PATIENCE_S = 10.0
 def evaluate_over_ros(
     options: EvaluationOptions, out: Path | None, on_result: OnResult | None = None, *, pace: bool = False
 ) -> dict[str, Any]:
-    """Play all episodes and return the document, with what the loop was like under ``ros``. Ctrl-C ends it early.
+    """Play all episodes and return the document, with what the loop was like under ``ros``.
+
+    Ctrl-C ends it early, and so does a process that fails: ``failure`` is then the reason, as a sentence.
 
     Args:
         options: what to evaluate; some of it is for the evaluation in process only and refused here.
@@ -58,13 +61,15 @@ def evaluate_over_ros(
 
     Raises:
         ValueError: an option that cannot be had over ROS, or the robot file cannot be used.
-        LoopError, ChildError: a process failed, or does not go on.
+        LoopError, ChildError: a process failed, or does not go on, before any episode was finished.
     """
     _refuse_what_needs_one_process(options)
     robot = load_robot(options.robot_file)
     for name in options.tasks:
         check_task(TASKS[name], robot)
     os.environ.update(ros_environment(os.environ))
+    # An operator's `kill` ends it as Ctrl-C does, so that no process is left behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         from vla_policy_ros.ros.evaluation_observer import EvaluationObserver
     except ImportError as error:
@@ -112,7 +117,7 @@ class _Session:
     def run(self, on_result: OnResult | None) -> dict[str, Any]:
         began = perf_counter()
         results: list[EpisodeResult] = []
-        interrupted = False
+        interrupted, failure = False, ''
         try:
             self._start()
             for cell in self._options.cells:
@@ -121,13 +126,17 @@ class _Session:
                     on_result(cell, results[-1])
         except KeyboardInterrupt:
             interrupted = True
+        except (LoopError, ChildError) as error:
+            if not results:
+                raise
+            interrupted, failure = True, str(error)  # what was finished is worth its time
         finally:
             with uninterrupted():
                 self._processes.brake(self._observer)
-                failure = self._processes.stop()
-        if failure:
-            raise LoopError(failure)
-        return self._document(results, perf_counter() - began, interrupted)
+                unclean = self._processes.stop()
+        found = self._document(results, perf_counter() - began, interrupted)
+        found['failure'] = failure or unclean
+        return found
 
     def _start(self) -> None:
         options = self._options

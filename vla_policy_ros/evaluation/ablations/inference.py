@@ -52,11 +52,11 @@ def solver_table(options: EvaluationOptions) -> Table:
     kinematics = ArmKinematics()
     rows, numbers = [], []
     for solver, steps in SOLVERS:
-        tell(f'{solver}, {steps} steps')
         setting = replace(options, solver=solver, num_steps=steps)
         with ClosedLoopPlayer(setting) as player:
             chunks = [player.policy.infer(observation) for observation in observed]
         found = _task(evaluate(setting))
+        _tell(f'{solver}, {steps} steps', found)
         angle = np.array([_rms(chunk, exact) for chunk, exact in zip(chunks, reference, strict=True)])
         tool = np.array([_tool_gap(kinematics, chunk, exact) for chunk, exact in zip(chunks, reference, strict=True)])
         evaluations = steps * (2 if solver == 'midpoint' else 1)
@@ -86,9 +86,9 @@ def inputs_table(options: EvaluationOptions) -> Table:
     """What a false K and a false sentence do."""
     rows, numbers, facts = [], [], {}
     for name, probe in PROBES.items():
-        tell(name)
         found = evaluate(replace(options, loop=replace(options.loop, probe=probe)))
         facts, of_task = _facts(found), _task(found)
+        _tell(name, of_task)
         numbers.append({'told': name, **of_task})
         followed = f'{100 * of_task["followed_rate"]:.1f}' if 'followed_rate' in of_task else '-'
         rows.append((name, rate_text(of_task), _cm(of_task), f'{100 * of_task["wrong_object_rate"]:.1f}', followed))
@@ -101,9 +101,9 @@ def executed_table(options: EvaluationOptions) -> Table:
     rows, numbers, facts = [], [], {}
     robot = load_robot(options.robot_file)
     for executed in (count for count in EXECUTED if count <= robot.action.horizon):
-        tell(f'{executed} actions')
         found = evaluate(replace(options, loop=replace(options.loop, executed=executed)))
         facts, of_task = _facts(found), _task(found)
+        _tell(f'{executed} actions', of_task)
         numbers.append({'executed': executed, **of_task})
         rows.append((str(executed), f'{executed * robot.action.period:.1f}', rate_text(of_task), _cm(of_task)))
     head = ('actions executed', 'seconds between looks', 'success, %', 'median, cm')
@@ -118,9 +118,9 @@ def latency_table(options: EvaluationOptions) -> Table:
     for chunking in CHUNKING:
         texts = []
         for latency_ms in LATENCIES_MS:
-            tell(f'{chunking}, {latency_ms} ms')
             settings = LateSettings(latency_ms, chunking, seconds=options.loop.seconds)
             found = summarise(list(played(partial(LatePlayer, options, settings), cells, options.jobs)))
+            _tell(f'{chunking}, {latency_ms} ms', found)
             numbers.append({'chunking': chunking, 'latency_ms': latency_ms, **found})
             texts.append(f'{rate_text(found)}, {_cm(found)}')
         rows.append((f'`{chunking}`', *texts))
@@ -163,6 +163,11 @@ class LatePlayer:
 def tell(sentence: str) -> None:
     """Progress, for whoever waits."""
     print(sentence, file=sys.stderr, flush=True)
+
+
+def _tell(row: str, numbers: dict[str, Any]) -> None:
+    """A row when it is measured: a table takes long, and is written when it is whole."""
+    tell(f'{row}: {rate_text(numbers)} %, median {_cm(numbers)} cm')
 
 
 def _reference(options: EvaluationOptions) -> tuple[list[Observation], list[ActionChunk], dict[str, Any]]:
