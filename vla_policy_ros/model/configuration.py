@@ -210,7 +210,7 @@ class ActionExpertConfig(PreTrainedConfig):
         if self.time_conditioning == 'token':
             self._check_time_token()
         if self.objective == 'regression' and self.rtc_max_delay:
-            raise ValueError(f'{place}.rtc_max_delay is {self.rtc_max_delay}; a regression expert continues no action prefix: set 0')
+            raise ValueError(f'{place}.rtc_max_delay is {self.rtc_max_delay}; a regression expert continues no action prefix')
         if not 0 <= self.rtc_max_delay < self.action_horizon:
             raise ValueError(
                 f'{place}.rtc_max_delay is {self.rtc_max_delay}; it must lie in 0..{self.action_horizon - 1}, '
