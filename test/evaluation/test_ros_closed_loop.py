@@ -46,7 +46,7 @@ def run(*arguments: str, patience: float = 200.0) -> tuple[int, str, str]:
 @pytest.mark.timeout(300)
 def test_episodes_over_ros_are_those_of_the_evaluation_in_process(tmp_path: Path) -> None:
     arguments = ['--episodes', '3', '--seed', '5', '--choice', '--variation', 'full_name+distinct_colours']
-    code, output, errors = run(*arguments, '--logs', str(tmp_path))
+    code, output, errors = run(*arguments, '--pace', '--logs', str(tmp_path))
     assert code == 0, errors
     found: dict[str, Any] = json.loads(output)
     inside = CliRunner().invoke(app, ['evaluate', '--rows', '--json', '-', *arguments])
@@ -60,7 +60,7 @@ def test_episodes_over_ros_are_those_of_the_evaluation_in_process(tmp_path: Path
     ros = found['ros']
     assert ros['trajectories']['accepted'] >= ros['chunks'] > 0 and ros['trajectories']['rejected'] == 0
     assert ros['unexpected_stops'] == 0 and ros['max_command_step_ratio'] <= 1.0 + 1e-6
-    assert 12.0 <= ros['simulated_s'] < 13.5 and 0.2 < ros['real_time_factor'] <= 1.1
+    assert 12.0 <= ros['simulated_s'] < 13.5 and 0.05 < ros['real_time_factor'] <= 1.1
     assert 0.3 * ros['replan_rate_hz'] < ros['chunk_rate_hz'] < 1.3 * ros['replan_rate_hz']
     # The arm went somewhere: each episode began anew, far from its goal, and most ended near it.
     assert sum(row['error_m'] < 0.1 for row in reach['rows']) >= 2, reach['rows']
