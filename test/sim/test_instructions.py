@@ -42,6 +42,7 @@ SCENE = tuple(
         ('touch the sphere', 'red ball'),
         ('the blue thing, please', 'blue cube'),
         ('go to the red block', 'red cube'),
+        ('can you reach the blue cube', 'blue cube'),
     ],
 )
 def test_words_find_their_object(sentence, name):

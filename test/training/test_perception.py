@@ -49,7 +49,8 @@ def test_a_right_answer_costs_nothing(head: PerceptionHead) -> None:
         head.point.bias.copy_(torch.tensor([0.0, 5.0, 4.7]))
         head.depth.bias.fill_(torch.tensor(0.7).log())
         head.colour.bias[2] = head.shape.bias[1] = 50.0
-    losses = head(torch.randn(1, 1, GRID * GRID, WIDTH), **labels((21.0, 35.0), kind=(2, 1), depth=0.7))
+    with torch.no_grad():
+        losses = head(torch.randn(1, 1, GRID * GRID, WIDTH), **labels((21.0, 35.0), kind=(2, 1), depth=0.7))
     for name in ('colour', 'shape', 'offset', 'point', 'depth'):
         assert float(losses[name]) == pytest.approx(0.0, abs=1e-6), name
     assert float(losses['colour_accuracy']) == float(losses['shape_accuracy']) == 1.0

@@ -99,7 +99,7 @@ def instruction_for(
 
 def parse_instruction(instruction: str, objects: Sequence[ObjectSpec]) -> Target:
     """Which of ``objects`` a sentence names by colour and shape words; a sentence that fits none or several names nothing."""
-    words = re.findall(r'[a-z]+', instruction.lower())
+    words = re.findall(r'[a-z]+', re.sub(r'\bcan you\b', '', instruction.lower()))
     colours = sorted({word for word in words if word in COLOURS})
     shapes = sorted({shape for word in words if (shape := _SHAPE_WORDS.get(word.removesuffix('s')))})
     scene = ', '.join(spec.name for spec in objects)

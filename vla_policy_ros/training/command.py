@@ -40,7 +40,15 @@ def train(config: TrainingConfig) -> None:
         FloatingPointError: the training diverged.
     """
     torch.set_num_threads(config.threads)
+    # Averages that decay towards zero would otherwise slow the CPU down a hundredfold. Nothing after the training expects it.
     torch.set_flush_denormal(True)
+    try:
+        _train(config)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def _train(config: TrainingConfig) -> None:
     robot = load_robot(robot_path(config.robot))
     parallel = Parallel(config)
     run = parallel.in_turn_after_main(lambda: run_id(config.run))
