@@ -39,7 +39,7 @@ lint: setup  ## ruff and mypy
 bench: setup  ## measure what each stage costs on this machine
 	@$(RUN) python benchmarks/stages.py $(ARGS)
 
-# Hours: each part goes on where an interrupt left it.
+# More than an hour: each part goes on where an interrupt left it.
 checkpoint: setup  ## train the shipped checkpoint from nothing, into runs/tabletop/checkpoint
 	@$(RUN) export OMP_NUM_THREADS=1; vla-policy train tabletop_perception && vla-policy train tabletop
 
@@ -47,5 +47,5 @@ colcon: setup  ## build both packages as on a robot, into install/
 	@PYTHON="$(PYTHON)" .ci/setup.sh colcon
 	@$(RUN) export CMAKE_PREFIX_PATH="$(VENV)"; colcon build --base-paths . msg --event-handlers console_direct+ $(ARGS)
 
-clean:  ## remove everything that the commands above made
+clean:  ## remove what the commands above made, but for runs/
 	rm -rf .venv build install log demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -39,6 +39,8 @@ def test_a_moved_camera_leaves_objects_sentence_and_start_alone() -> None:
     [
         ('', 'unknown part'),
         ('camera', 'unknown part'),
+        ('full_name+shape_only', 'full_name and shape_only, which exclude one another'),
+        ('camera=0.02+trained', 'exclude one another'),
         ('camera=far', 'number of metres'),
         ('camera=3', 'camera_shift'),
         ('shape_only+shape_only', 'twice'),

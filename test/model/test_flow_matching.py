@@ -25,6 +25,7 @@ from toy import (
     velocity_field,
 )
 
+from vla_policy_ros.model.configuration import ActionExpertConfig
 from vla_policy_ros.model.flow_matching import SuffixLayout, interpolate, time_embedding
 from vla_policy_ros.model.solvers import evaluation_times, integrate
 
@@ -304,3 +305,11 @@ def test_regression_is_the_same_network_from_no_noise_in_one_step() -> None:
     assert float(loss) == pytest.approx(float((answer - targets).square().mean()), rel=1e-5)
     with pytest.raises(ValueError, match='continues no known actions'):
         sampled(model, given, action_prefix=targets[:, :1])
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'message'), [('use_time_weight', True, 'use_time_weight weighs'), ('rtc_max_delay', 1, 'no action prefix')]
+)
+def test_regression_refuses_what_only_flow_matching_knows(field: str, value: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ActionExpertConfig(objective='regression', time_conditioning='adarms', **{field: value})

@@ -10,9 +10,14 @@ import torch
 from squares import example_set, samples
 
 from vla_policy_ros.model.configuration import ActionExpertConfig
+from vla_policy_ros.policy.checkpoint import new_model, new_processor
+from vla_policy_ros.robot import load_robot
 from vla_policy_ros.training.baselines import unconditional_loss, zero_velocity_loss
 from vla_policy_ros.training.dataset import ExampleSet
 from vla_policy_ros.training.grounding import GroundingHead
+from vla_policy_ros.training.tabletop import SHARDS_PER_SEED, VALIDATION_SHARD, tabletop_examples
+
+ROBOT = Path(__file__).resolve().parents[2] / 'config' / 'robots' / 'tabletop.yaml'
 
 
 @pytest.fixture(scope='module')
@@ -78,3 +83,23 @@ def test_grounding_finds_the_patch_that_holds_the_pixel() -> None:
     assert float(loss.offset.detach()) == pytest.approx(np.mean(np.square(offsets)), abs=1e-5)
     nowhere = head(tokens, torch.full((3, 1, 2), float('nan')))
     assert float(nowhere.total.detach()) == 0.0
+
+
+def test_no_training_seed_has_the_scenes_of_another_or_of_the_validation() -> None:
+    assert SHARDS_PER_SEED > VALIDATION_SHARD
+    for seed in range(4):
+        first = seed * SHARDS_PER_SEED
+        assert not first <= VALIDATION_SHARD < first + VALIDATION_SHARD
+
+
+def test_example_files_are_named_after_what_they_depend_on(tmp_path: Path) -> None:
+    robot = load_robot(ROBOT)
+    processor = new_processor(robot, 'tiny', new_model(robot, 'tiny').config)
+    slower = robot.model_copy(update={'action': robot.action.model_copy(update={'period': 0.2})})
+    tabletop_examples(robot, processor, 3, tmp_path)
+    tabletop_examples(robot, processor, 3, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1, 'the second call reads what the first one made'
+    tabletop_examples(slower, processor, 3, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(ValueError, match='examples of one seed'):
+        tabletop_examples(robot, processor, 10**9, tmp_path)

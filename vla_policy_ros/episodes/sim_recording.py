@@ -29,15 +29,13 @@ from vla_policy_ros.episodes.episode import (
     write_json,
 )
 from vla_policy_ros.robot import Robot
-from vla_policy_ros.sim.dataset import check_robot, check_task, has_gripper
+from vla_policy_ros.sim.dataset import SCENE_SEED_BASE, SCENES_PER_SEED, check_robot, check_task, has_gripper
 from vla_policy_ros.sim.tasks import TASKS, TRAINING, Outcome
 from vla_policy_ros.sim.tasks.play import play_expert
 from vla_policy_ros.sim.world import TabletopWorld
 from vla_policy_ros.types import NS_PER_S, CameraView, Observation
 
 BEGIN_NS = NS_PER_S  # zero would say that there is no stamp
-_TRAINING_SCENES = 1 << 32
-_SCENES_PER_SEED = 1 << 24
 
 
 class SimulatedEpisode(Episode):
@@ -61,12 +59,12 @@ class SimulatedEpisode(Episode):
         check_robot(robot)
         if task not in TASKS:
             raise EpisodeError(f'task {task!r} is unknown; choose among {", ".join(TASKS)}')
-        if not 0 <= number < _SCENES_PER_SEED or seed < 0:
-            raise EpisodeError(f'episode {number} of seed {seed}: numbers are 0 to {_SCENES_PER_SEED - 1}, seeds not negative')
+        if not 0 <= number < SCENES_PER_SEED or seed < 0:
+            raise EpisodeError(f'episode {number} of seed {seed}: numbers are 0 to {SCENES_PER_SEED - 1}, seeds not negative')
         self.robot, self.name = robot, f'{task} {seed}/{number}'
         self._task = TASKS[task]
         check_task(self._task, robot)
-        self._drawn = self._task.sample(_TRAINING_SCENES + seed * _SCENES_PER_SEED + number, TRAINING)
+        self._drawn = self._task.sample(SCENE_SEED_BASE + seed * SCENES_PER_SEED + number, TRAINING)
         self._seconds = seconds or self._task.seconds
         self._world = TabletopWorld(gripper=has_gripper(robot))
         names = list(self._world.joint_names)

@@ -26,6 +26,13 @@ _FLAGS: dict[str, Callable[[Conditions], Conditions]] = {
     'trained': lambda given: replace(given, scene=replace(given.scene, camera=JITTER.camera)),
 }
 
+# Of these, one at a time: they set the same thing.
+_ALTERNATIVES = (
+    {'full_name', 'colour_only', 'shape_only'},
+    {'same_colour', 'distinct_colours'},
+    {'camera', 'trained'},
+)
+
 HELP = (
     f'{NOMINAL}, or of camera=METRES (moved uniformly by up to so much per axis), {", ".join(_FLAGS)}; several joined by +. '
     'trained moves the camera as in training, plain has one light and one table.'
@@ -39,6 +46,9 @@ def conditions_of(name: str) -> Conditions:
         return conditions
     parts = name.split('+')
     keys = [part.partition('=')[0] for part in parts]
+    same = [group for group in _ALTERNATIVES if len(group & set(keys)) > 1]
+    if same:
+        raise ValueError(f'variation {name!r} joins {" and ".join(sorted(same[0] & set(keys)))}, which exclude one another')
     if len(set(keys)) < len(keys):
         raise ValueError(f'variation {name!r} says something twice')
     for part in parts:

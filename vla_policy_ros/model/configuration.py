@@ -209,6 +209,8 @@ class ActionExpertConfig(PreTrainedConfig):
             raise ValueError('expert_config.use_state is set but expert_config.state_dim is missing; give the state width')
         if self.time_conditioning == 'token':
             self._check_time_token()
+        if self.objective == 'regression' and self.use_time_weight:
+            raise ValueError(f'{place}.use_time_weight weighs t = 1, where regression is, with 0; set it to False')
         if self.objective == 'regression' and self.rtc_max_delay:
             raise ValueError(f'{place}.rtc_max_delay is {self.rtc_max_delay}; a regression expert continues no action prefix')
         if not 0 <= self.rtc_max_delay < self.action_horizon:

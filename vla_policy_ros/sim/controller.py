@@ -253,7 +253,10 @@ class SimulatedRobot:
     def set_instruction(self, instruction: str) -> Target:
         """Take note of the sentence that the policy was given, to measure how near the tool is to what it names."""
         self.instruction = instruction
-        self.target = parse_instruction(instruction, self.world.objects)
+        if self._episode is None:
+            self.target = parse_instruction(instruction, self.world.objects)
+        else:
+            self.target = Target(self.world.objects[self._episode[1].targets[0]])
         return self.target
 
     def render(self, camera: str) -> CameraView:

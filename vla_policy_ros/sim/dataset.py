@@ -39,6 +39,7 @@ MIX: dict[str, float] = {'reach': 0.62, 'reach_any': 0.12, 'push': 0.26, 'pick':
 
 LABELLED_SHAPES = (*SHAPES, 'zone')
 
+SCENES_PER_SEED = 1 << 24
 SCENE_SEED_BASE = 1 << 32
 """Scene seeds of the training stream start here, so that smaller ones, which demos, tests and evaluations use, are never seen."""
 
@@ -90,7 +91,7 @@ class RobotMismatch(ValueError):
 
 
 def examples(robot: Robot, seed: int, count: int) -> Iterator[Example]:
-    """Yield ``count`` examples, scene by scene (`mjcf.OBJECT_SLOTS` of them per scene); the same seed yields the same ones.
+    """Yield ``count`` examples, scene by scene (one per thing to do there); the same seed yields the same ones.
 
     Raises:
         RobotMismatch: the robot file names a camera, a joint or a state field that the simulated arm does not have.
@@ -107,6 +108,8 @@ def check_robot(robot: Robot) -> None:
     problems = [f'camera {name!r}' for name in robot.camera_names if name not in TabletopWorld.camera_names]
     known = (*JOINT_NAMES, FINGER_JOINTS[0])
     problems += [f'joint {name!r}' for name in dict.fromkeys(robot.state.joints + robot.action.joints) if name not in known]
+    if FINGER_JOINTS[0] in robot.state.joints and not has_gripper(robot):
+        problems.append(f'joint {FINGER_JOINTS[0]!r} in state.joints but not in action.joints')
     problems += [f'state field {field!r}' for field in robot.state.fields if field == 'effort']
     problems += [f'joint {name!r} left out of action.joints' for name in JOINT_NAMES if name not in robot.action.joints]
     if problems:
@@ -136,7 +139,7 @@ def _stream(robot: Robot, seed: int, count: int) -> Iterator[Example]:
     made = 0
     try:
         for scene in range(count):
-            for example in _scene_examples(world, kinematics, robot, shares, SCENE_SEED_BASE + (seed << 24) + scene):
+            for example in _scene_examples(world, kinematics, robot, shares, SCENE_SEED_BASE + seed * SCENES_PER_SEED + scene):
                 if made == count:
                     return
                 yield example

@@ -26,7 +26,6 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     'yellow': (0.96, 0.80, 0.06),
 }
 SHAPES = ('cube', 'ball', 'cylinder')
-KINDS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 HELD_OUT_KINDS = (('green', 'ball'), ('yellow', 'cylinder'))
 
 HOME = np.array([0.0, -0.35, 0.0, -2.25, 0.0, 1.9, 0.785])

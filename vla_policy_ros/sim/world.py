@@ -133,7 +133,7 @@ class TabletopWorld:
         model.geom_rbound[geom] = size[0] if spec.shape == 'ball' else np.linalg.norm(half)
         model.geom_aabb[geom] = [0.0, 0.0, 0.0, *half]
         model.geom_rgba[geom] = [*spec.rgb, 1.0]
-        # The inertia of a box that encloses the shape: near enough for things that are only ever pushed.
+        # The inertia of a box that encloses the shape: near enough for things that are pushed and lifted slowly.
         mass = model.body_mass[body]
         model.body_inertia[body] = mass / 3.0 * (np.sum(half**2) - half**2)
         address = self._object_qpos[slot]

@@ -10,10 +10,15 @@ from vla_policy_ros.model.configuration import ActionExpertConfig
 QUADRATURE_POINTS = 4001
 
 
-def zero_velocity_loss(actions: NDArray[np.float64], action_is_pad: NDArray[np.bool_] | None = None) -> float:
-    """Flow loss of a network that always answers 0: ``1 + E[a^2]`` for normalised actions ``[N, T, A]``, over those that count."""
+def zero_velocity_loss(
+    actions: NDArray[np.float64], action_is_pad: NDArray[np.bool_] | None = None, objective: str = 'flow_matching'
+) -> float:
+    """Loss of a network that always answers 0: ``1 + E[a^2]`` for normalised actions ``[N, T, A]``, over those that count.
+
+    Under ``regression`` there is no noise to undo, and it is ``E[a^2]``.
+    """
     counted = actions if action_is_pad is None else actions[~action_is_pad]
-    return 1.0 + float(np.mean(np.square(counted)))
+    return (0.0 if objective == 'regression' else 1.0) + float(np.mean(np.square(counted)))
 
 
 def unconditional_loss(actions: NDArray[np.float64], config: ActionExpertConfig) -> float:
@@ -21,9 +26,12 @@ def unconditional_loss(actions: NDArray[np.float64], config: ActionExpertConfig)
 
     Along each principal axis of the chunk, with variance s, the best answer leaves ``E_t[s / (t^2 + (1 - t)^2 s)]``. Chunks are
     strongly correlated over time, which makes this much smaller than the value for independent elements.
+    Under regression it is the variance.
     """
     flat = actions.reshape(len(actions), -1)
     variances = np.linalg.eigvalsh(np.cov(flat, rowvar=False, bias=True)).clip(min=0.0)
+    if config.objective == 'regression':
+        return float(np.mean(variances))
     quantile = (np.arange(QUADRATURE_POINTS) + 0.5) / QUADRATURE_POINTS
     if config.time_sampling == 'beta':
         if config.time_beta != 1.0:

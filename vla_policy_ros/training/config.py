@@ -30,7 +30,7 @@ class TabletopData(Section):
     examples: int = Field(48_000, gt=0, description='Training examples.')
     validation_examples: int = Field(240, ge=0, description='Held-out examples; 0 is none.')
     folder: Path | None = Field(None, description='Where the examples are kept. None: `examples` in the run folder.')
-    seed: int = Field(0, ge=0, description='Which scenes.')
+    seed: int = Field(0, ge=0, description='Which scenes: different seeds share none.')
 
 
 class ExampleFileData(Section):

@@ -140,7 +140,15 @@ class ExampleSet:
 
     @classmethod
     def join(cls, parts: list[ExampleSet]) -> ExampleSet:
-        """All examples of several sets, in order."""
+        """All examples of several sets, in order.
+
+        Raises:
+            ValueError: the sets differ in cameras, sizes or labels.
+        """
+        for name in _TENSORS:
+            shapes = {tuple(getattr(part, name).shape[1:]) for part in parts}
+            if len(shapes) > 1:
+                raise ValueError(f'example sets whose {name} are {" and ".join(map(str, sorted(shapes)))} cannot be joined')
         offsets = np.cumsum([0, *(len(part.pixel_values) for part in parts)])
         tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS if name != 'scene'}
         scene = torch.cat([part.scene + int(offset) for part, offset in zip(parts, offsets, strict=False)])

@@ -103,8 +103,7 @@ class Objective(nn.Module):
     Args:
         model: the network.
         weights: name in `AUXILIARY`, or ``flow``, to factor; a loss of factor 0 is left out. Without the flow loss and losses of
-        the
-            prefix, only the towers run.
+            the prefix, only the towers run.
         repeats: (noise, time) draws per prefix.
         seed: of the heads' fresh weights.
     """

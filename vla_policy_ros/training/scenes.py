@@ -96,6 +96,7 @@ class ExampleScenes:
         self._examples = [part for part in parts if len(part)]
         tensors = {field.name: getattr(data, field.name) for field in fields(data)}
         tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor) and name != 'scene'}
+        tensors = {name: value for name, value in tensors.items() if name not in LABELS or _says_something(value)}
         # Per example are those that say what to do; everything else belongs to the look.
         self._own = {name: tensors.pop(name) for name in OF_EXAMPLES if name in tensors}
         self._shared = tensors
@@ -127,7 +128,13 @@ class ExampleScenes:
         return whole.hexdigest()
 
 
+LABELS = ('object_kinds', 'object_pixels', 'object_points', 'depth', 'target_pixels')
+"""What auxiliary losses ask for; left out of a dataset in which no example has it."""
 OF_EXAMPLES = ('state', 'actions', 'action_is_pad', 'target_pixels')
+
+
+def _says_something(value: Tensor) -> bool:
+    return value.numel() > 0 and not (value.is_floating_point() and bool(torch.isnan(value).all()))
 
 
 @dataclass(frozen=True)

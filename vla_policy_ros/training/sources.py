@@ -17,7 +17,7 @@ from vla_policy_ros.training.dataset import ExampleSet
 from vla_policy_ros.training.recorded import open_recorded
 from vla_policy_ros.training.recorded_config import RecordedData
 from vla_policy_ros.training.scenes import ExampleScenes, SceneDataset
-from vla_policy_ros.training.tabletop import VALIDATION_SEED, tabletop_examples
+from vla_policy_ros.training.tabletop import tabletop_examples, validation_examples
 
 
 class TrainingData(NamedTuple):
@@ -41,7 +41,7 @@ def _tabletop(data: TabletopData, run: Path, robot: Robot, processor: MapAnythin
     training = tabletop_examples(robot, processor, data.examples, folder, seed=data.seed)
     if not data.validation_examples:
         return TrainingData(ExampleScenes(training), None)
-    held_out = tabletop_examples(robot, processor, data.validation_examples, folder, seed=VALIDATION_SEED)
+    held_out = validation_examples(robot, processor, data.validation_examples, folder)
     return TrainingData(ExampleScenes(training), ExampleScenes(held_out))
 
 

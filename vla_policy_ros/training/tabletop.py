@@ -2,34 +2,64 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 from vla_policy_ros.model.processing import MapAnythingLlava3DProcessor
+from vla_policy_ros.policy.checkpoint import RobotSignature
 from vla_policy_ros.robot import Robot
 from vla_policy_ros.training.dataset import ExampleSet
 
 SHARD_EXAMPLES = 6000
-VALIDATION_SEED = 10_000
+SHARDS_PER_SEED = 20_000
+VALIDATION_SHARD = 10_000
+"""Shards from here on belong to no seed's training examples; a count that would reach them is refused."""
+GENERATOR_VERSION = 1
+"""Raise it with every change of what the simulator draws or its experts do: files of an older version are then made again."""
 
 
 def tabletop_examples(robot: Robot, processor: MapAnythingLlava3DProcessor, count: int, cache: Path, seed: int = 0) -> ExampleSet:
-    """``count`` examples of the simulator, in shards of `SHARD_EXAMPLES` that are written to ``cache`` as they are made.
+    """``count`` training examples of the simulator; different seeds share no scene.
 
-    An interrupted run goes on with the shards that exist. Shard i is drawn from seed ``seed + i``.
+    Written to ``cache`` in shards of `SHARD_EXAMPLES` as they are made; an interrupted run goes on with the shards that exist.
+
+    Raises:
+        ValueError: more examples than a seed has; a shard is damaged.
+        RobotMismatch: the simulated arm cannot play the robot.
     """
-    # Imported here: the simulator needs OpenGL, which a machine that trains from finished shards may lack.
-    from vla_policy_ros.sim.dataset import examples
+    if count > VALIDATION_SHARD * SHARD_EXAMPLES:
+        raise ValueError(f'{count} examples of one seed; there are {VALIDATION_SHARD * SHARD_EXAMPLES}')
+    return _shards(robot, processor, count, cache, seed * SHARDS_PER_SEED)
 
+
+def validation_examples(robot: Robot, processor: MapAnythingLlava3DProcessor, count: int, cache: Path) -> ExampleSet:
+    """``count`` held-out examples, of scenes that no training seed has. As `tabletop_examples`."""
+    return _shards(robot, processor, count, cache, VALIDATION_SHARD)
+
+
+def _shards(robot: Robot, processor: MapAnythingLlava3DProcessor, count: int, cache: Path, first: int) -> ExampleSet:
     cache.mkdir(parents=True, exist_ok=True)
-    parts = []
+    made_for, parts = _made_for(robot, processor), []
     for index in range(-(-count // SHARD_EXAMPLES)):
         size = min(SHARD_EXAMPLES, count - index * SHARD_EXAMPLES)
-        file = cache / f'{robot.name}_{seed + index:05d}_{size}_{processor.config.image_size}.safetensors'
+        file = cache / f'{robot.name}_{first + index:05d}_{size}_{made_for}.safetensors'
         if not file.exists():
-            made = ExampleSet.build(examples(robot, seed + index, size), processor)
+            # The simulator needs OpenGL, which a machine that trains from finished shards may lack.
+            from vla_policy_ros.sim.dataset import examples
+
+            made = ExampleSet.build(examples(robot, first + index, size), processor)
             partial = file.with_suffix('.part')
             made.save(partial)
             partial.rename(file)
         parts.append(ExampleSet.load(file))
         print(f'examples {sum(len(part) for part in parts)} / {count}', flush=True)
     return ExampleSet.join(parts)
+
+
+def _made_for(robot: Robot, processor: MapAnythingLlava3DProcessor) -> str:
+    """A short hash of all that the tensors depend on beside their seed."""
+    translation = {name: asdict(processor.config)[name] for name in ('cameras', 'image_size')}
+    content = json.dumps([GENERATOR_VERSION, asdict(RobotSignature.of(robot)), translation], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:8]

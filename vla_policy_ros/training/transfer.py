@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vla_policy_ros.model.modeling import MapAnythingLlava3DForConditionalGeneration
 
-ROBOT_SIZED = 'action_expert.'
+ROBOT_SIZED = ('action_expert.action_in_proj.', 'action_expert.action_out_proj.', 'action_expert.state_proj.')
 
 
 @torch.no_grad()
