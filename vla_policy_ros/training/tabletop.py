@@ -59,7 +59,9 @@ def _shards(robot: Robot, processor: MapAnythingLlava3DProcessor, count: int, ca
 
 
 def _made_for(robot: Robot, processor: MapAnythingLlava3DProcessor) -> str:
-    """A short hash of all that the tensors depend on beside their seed."""
+    """A short hash of all that the tensors depend on beside their seed. Actions are kept absolute, whatever is predicted."""
     translation = {name: asdict(processor.config)[name] for name in ('cameras', 'image_size')}
-    content = json.dumps([GENERATOR_VERSION, asdict(RobotSignature.of(robot)), translation], sort_keys=True)
+    signature = asdict(RobotSignature.of(robot))
+    del signature['representation'], signature['absolute_joints']
+    content = json.dumps([GENERATOR_VERSION, signature, translation], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:8]
