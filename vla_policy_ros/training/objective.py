@@ -9,6 +9,7 @@ trains.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,7 @@ class Seen:
     prefix_tokens: Tensor | None
 
 
-class Auxiliary(nn.Module):
+class Auxiliary(nn.Module, ABC):
     """A head with its loss.
 
     Attributes:
@@ -50,9 +51,9 @@ class Auxiliary(nn.Module):
     needs: tuple[str, ...] = ()
     of_prefix = False
 
+    @abstractmethod
     def measure(self, seen: Seen, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """``loss``, and what to log beside it."""
-        raise NotImplementedError
 
     def forward(self, seen: Seen, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """What `measure` answers. Every process gets a gradient for every weight, whatever its examples show."""
@@ -81,7 +82,6 @@ class Perception(Auxiliary):
     """What lies where and how far away, from the image tokens before any word is read; needs the labels of a simulator."""
 
     needs = ('object_kinds', 'object_pixels', 'object_points', 'depth')
-    of_prefix = False
 
     def __init__(self, config: Any) -> None:
         super().__init__()
