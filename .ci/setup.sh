@@ -108,7 +108,8 @@ step() {  # step NAME INPUT_HASH LABEL COMMAND...: run it with progress unless i
   printf '%s\n' "$hash" >"$stamps/$name"
 }
 
-install_list() { "$venv/bin/python" -m pip install --disable-pip-version-check --no-input -r "requirements/$1.txt"; }
+# Not compiled here: Python compiles what is imported when it is, and most of torch and transformers never is.
+install_list() { "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-compile -r "requirements/$1.txt"; }
 
 requirement_step() {  # requirement_step NAME LABEL
   step "$1" "$base_hash-$(hash_of "requirements/$1.txt")" "$2" install_list "$1"

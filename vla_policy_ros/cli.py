@@ -69,7 +69,7 @@ def demo(
     json_file: Annotated[Path | None, typer.Option('--json', help='Also write the summary to this file.')] = None,
     out: Annotated[Path, typer.Option(help='Folder for video, bag, logs and summary; former ones are replaced.')] = Path('demo'),
     instruction: Annotated[str | None, typer.Option(help='One instruction for the whole run; else each object in turn.')] = None,
-    seed: Annotated[int, typer.Option(min=0, help='Which scene.')] = 14,
+    seed: Annotated[int, typer.Option(min=0, help='Which scene.')] = 6,
     checkpoint: Annotated[str, typer.Option(help='Checkpoint: a folder, or the name of a shipped one.')] = 'tabletop',
     robot: RobotOption = 'tabletop',
     rate: Annotated[float, typer.Option(min=0.1, max=50.0, help='Action chunks per second.')] = 5.0,

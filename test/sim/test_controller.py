@@ -119,8 +119,8 @@ def test_a_step_that_a_controller_would_execute_shows_in_the_report(simulated):
     commands = simulated.report()['commands']
     assert commands['max_step_rad'] == pytest.approx(0.1, abs=1e-3)
     assert commands['max_step_ratio'] == pytest.approx(0.1 / 0.015, rel=0.02)
-    assert commands['joints'][JOINTS[3]]['max_step_rad'] == commands['max_step_rad']
-    assert commands['joints'][JOINTS[0]]['max_step_rad'] < 1e-9
+    assert commands['joints'][JOINTS[3]]['max_step'] == commands['max_step_rad']
+    assert commands['joints'][JOINTS[0]]['max_step'] < 1e-9
 
 
 def test_nan_that_the_controller_passes_on_is_stopped_by_the_drives(simulated):

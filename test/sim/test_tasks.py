@@ -47,7 +47,7 @@ def test_episodes_are_their_seeds_and_training_draws_other_scenes(name: str) -> 
     assert first.scene.objects == again.scene.objects and first.scene.fovy == again.scene.fovy
     made = task.training_episodes(SCENE_SEED_BASE + 5)
     assert all(episode.scene is made[0].scene for episode in made) and made[0].scene.seed == SCENE_SEED_BASE + 5
-    assert name in MIX and all(episode.task == name for episode in made)
+    assert name in MIX and made[0].task == name and all(episode.task in (name, 'reach') for episode in made)
 
 
 def test_a_reach_names_its_target_and_no_other() -> None:
@@ -107,6 +107,48 @@ def test_a_push_is_judged_by_where_the_cube_is(world: TabletopWorld) -> None:
         world.put_objects(moved)
         outcome = task.measure(world, episode)
         assert outcome.failure == failure and outcome.success == (failure == ''), (slot, shift)
+
+
+def test_a_pick_is_judged_by_what_is_in_the_air(world: TabletopWorld) -> None:
+    task = TASKS['pick']
+    episode = task.sample(2, Conditions())
+    (target,) = episode.targets
+    world.reset_to(episode.scene)
+    assert task.measure(world, episode).failure == 'timed_out'
+    places = np.stack([world.object_position(slot) for slot in range(3)])
+    for slot, height, failure in ((target, 0.07, ''), ((target + 1) % 3, 0.07, 'wrong_object')):
+        raised = places.copy()
+        raised[slot, 2] += height
+        world.put_objects(raised)
+        assert task.measure(world, episode).failure == failure
+    near = places.copy()
+    near[target, :2] = world.tcp()[:2]
+    world.put_objects(near)
+    assert task.measure(world, episode).failure == 'missed', 'under the hand and still on the table'
+
+
+def test_a_place_is_judged_by_where_what_was_let_go_stands(world: TabletopWorld) -> None:
+    task = TASKS['place']
+    episode = task.sample(2, Conditions())
+    (target,), zone = episode.targets, episode.scene.place_to_go()
+    world.reset_to(episode.scene)
+    assert task.measure(world, episode).failure == 'timed_out'
+    places = np.stack([world.object_position(slot) for slot in range(3)])
+    for slot, shift, height, failure in (
+        (target, 0.02, 0.0, ''),
+        (target, 0.02, 0.05, 'missed'),
+        (target, 0.08, 0.0, 'missed'),
+        ((target + 1) % 3, 0.0, 0.0, 'wrong_object'),
+    ):
+        moved = places.copy()
+        moved[slot] = [zone.x + shift, zone.y, places[slot, 2] + height]
+        world.put_objects(moved)
+        assert task.measure(world, episode).failure == failure, (slot == target, shift, height)
+    held = places.copy()
+    held[target, :2] = [zone.x, zone.y]
+    world.put_objects(held)
+    world.set_arm(episode.scene.start, episode.scene.objects[target].size[0])
+    assert task.measure(world, episode).failure == 'missed', 'the fingers are still closed round it'
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ class Sample:
 
     observation: Observation
     actions: np.ndarray
-    target_pixels: dict[str, tuple[float, float] | None]
+    target_pixels: dict[str, tuple[tuple[float, float], None]]
     scene_id: int
 
 
@@ -46,7 +46,7 @@ def samples(scenes: int, seed: int = 0) -> list[Sample]:
             u, v = centres[word]
             goal = np.array([u / 40 - 1, v / 30 - 1, 0, 0, 0, 0, 0.3])
             actions = state + (goal - state) * np.linspace(0.1, 1.0, 16)[:, None]
-            made.append(Sample(Observation(0, views, state, 0, f'go to the {word} one'), actions, {'scene': (u, v)}, scene))
+            made.append(Sample(Observation(0, views, state, 0, f'go to the {word} one'), actions, {'scene': ((u, v), None)}, scene))
     return made
 
 

@@ -83,7 +83,7 @@ class OneScene:
                 'object_pixels': torch.stack([spots[0].repeat(2, 1), torch.full((2, 2), float('nan'))]),
                 'depth': torch.arange(2 * 16 * 16, dtype=torch.float32).view(2, 16, 16),
             },
-            {'target_pixels': spots[None].repeat(4, 1, 1)},
+            {'target_pixels': spots[None, :, None].repeat(4, 1, 2, 1)},
             ['a'] * 4,
             0,
         )
@@ -111,8 +111,8 @@ def test_intrinsics_and_labels_move_with_the_pictures() -> None:
         scene = AugmentedScenes(plain, tight)[Draw(0, seed)]
         for view in range(2):
             spot = project(scene.shared['intrinsic'][view], POINTS[view])
-            torch.testing.assert_close(scene.own['target_pixels'][:, view], spot.expand(4, 2), atol=1e-3, rtol=0)
-        torch.testing.assert_close(scene.shared['object_pixels'][0, 1], scene.own['target_pixels'][0, 0], atol=1e-3, rtol=0)
+            torch.testing.assert_close(scene.own['target_pixels'][:, view], spot.expand(4, 2, 2), atol=1e-3, rtol=0)
+        torch.testing.assert_close(scene.shared['object_pixels'][0, 1], scene.own['target_pixels'][0, 0, 0], atol=1e-3, rtol=0)
         assert scene.shared['object_pixels'][1].isnan().all()
         assert scene.shared['pixel_values'].dtype == torch.uint8
     assert torch.equal(plain.scene.shared['intrinsic'], K.repeat(2, 1, 1))  # the source stays as it is

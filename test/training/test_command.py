@@ -11,11 +11,12 @@ import yaml
 
 pytest.importorskip('mujoco')
 
-from squares import settings, tabletop_robot
+from squares import ROOT, settings, tabletop_robot
 from typer.testing import CliRunner
 
 from vla_policy_ros.cli import app
 from vla_policy_ros.policy import Policy
+from vla_policy_ros.robot import load_robot
 
 DATA = {'source': 'tabletop', 'examples': 12, 'validation_examples': 6}
 
@@ -78,3 +79,14 @@ def test_a_training_file_that_cannot_work_is_refused_in_one_sentence(tmp_path: P
     code, text = train(tmp_path, change)
     assert code == 2 and message in text, text
     assert not (tmp_path / 'out').exists()
+
+
+def test_another_robot_starts_from_what_this_one_has_learnt(tmp_path: Path) -> None:
+    assert train(tmp_path, 'optimisation.scenes_per_step=2', 'optimisation.steps=2')[0] == 0
+    folders = (f'run={tmp_path / "gripper"}', f'out={tmp_path / "gripper_out"}')
+    taken = (f'transfer_from={tmp_path / "out"}', 'robot=tabletop_gripper', 'optimisation.steps=1')
+    code, text = train(tmp_path, 'optimisation.scenes_per_step=2', *taken, *folders)
+    assert code == 0, text
+    policy = Policy.load(tmp_path / 'gripper_out', load_robot(ROOT / 'config' / 'robots' / 'tabletop_gripper.yaml'))
+    record = json.loads((tmp_path / 'gripper_out' / 'training.json').read_text())
+    assert record['config']['transfer_from'] == str(tmp_path / 'out') and policy.checkpoint_hash

@@ -28,10 +28,11 @@ def data() -> ExampleSet:
 def test_examples_of_a_scene_share_their_pixels(data: ExampleSet) -> None:
     assert len(data) == 48 and len(data.pixel_values) == 24
     assert data.scene.tolist() == [index // 2 for index in range(48)]
-    first = samples(1)[0].target_pixels['scene']
+    first = samples(1)[0].target_pixels['scene'][0]
     expected = [(first[0] + 0.5) * 56 / 80 - 0.5, (first[1] + 0.5) * 56 / 60 - 0.5]
-    np.testing.assert_allclose(data.target_pixels[0, 0].numpy(), expected, rtol=1e-6)
+    np.testing.assert_allclose(data.target_pixels[0, 0, 0].numpy(), expected, rtol=1e-6)
     assert torch.isnan(data.target_pixels[:, 1]).all(), 'the wrist camera has no target'
+    assert torch.isnan(data.target_pixels[:, :, 1]).all(), 'nothing is to be brought anywhere'
     assert data.intrinsic_mask.all() and data.image_masks.all()
 
 
@@ -68,20 +69,21 @@ def test_actions_beyond_the_end_do_not_count_in_the_baseline() -> None:
 
 
 def test_grounding_finds_the_patch_that_holds_the_pixel() -> None:
-    head = GroundingHead(width=8, patch_size=14, grid=4)
+    head, nan = GroundingHead(width=8, patch_size=14, grid=4), float('nan')
     tokens = torch.zeros(3, 1, 16, 8)
-    pixels = torch.tensor([[[14.0, 28.0]], [[float('nan'), 3.0]], [[55.4, 0.0]]])
+    # Of the object and of the place to bring it to: one of each, and neither.
+    pixels = torch.tensor([[[[14.0, 28.0], [nan, nan]]], [[[nan, 3.0], [nan, 3.0]]], [[[nan, nan], [55.4, 0.0]]]])
     for row, cell in ((0, 2 * 4 + 1), (2, 3)):
-        tokens[row, 0, cell] = torch.tensor([5.0, -5.0] * 4)
+        tokens[row, 0, cell] = torch.tensor([5.0, -5.0] * 4 if row == 0 else [-5.0, 5.0] * 4)
     with torch.no_grad():
-        head.logit.weight.copy_(torch.tensor([[9.0, -9.0] * 4]))
+        head.logit.weight.copy_(torch.tensor([[9.0, -9.0] * 4, [-9.0, 9.0] * 4]))
         head.offset.weight.zero_()
         head.offset.bias.zero_()
     loss = head(tokens, pixels)
     assert float(loss.accuracy) == 1.0 and float(loss.patch.detach()) < 1e-6
     offsets = [((14.5 / 14) % 1 - 0.5, (28.5 / 14) % 1 - 0.5), ((55.9 / 14) % 1 - 0.5, 0.5 / 14 - 0.5)]
     assert float(loss.offset.detach()) == pytest.approx(np.mean(np.square(offsets)), abs=1e-5)
-    nowhere = head(tokens, torch.full((3, 1, 2), float('nan')))
+    nowhere = head(tokens, torch.full((3, 1, 2, 2), nan))
     assert float(nowhere.total.detach()) == 0.0
 
 

@@ -98,6 +98,10 @@ class MapAnythingLlava3DProcessor:
             raise ValueError(f'action statistics are {statistics.action.offset.shape}; expected [{horizon}, {actions}]')
         self._delta = [(a, s) for a, s in enumerate(config.delta_state_index) if s is not None]
 
+    def __reduce__(self) -> tuple[type[MapAnythingLlava3DProcessor], tuple[PreTrainedTokenizerFast, ProcessorConfig, Statistics]]:
+        # Another process makes its own caches.
+        return type(self), (self.tokenizer, self.config, self.statistics)
+
     def __call__(
         self,
         images: Sequence[Mapping[str, NDArray[np.uint8] | None]],

@@ -294,7 +294,7 @@ def load_checkpoint(path: str | Path, robot: Robot, *, device: str = 'cpu', dtyp
         )
     for file in weights:
         _check_weights_file(file)
-    processor = _read_processor(path)
+    processor = read_processor(path)
     model = _read_model(path, DTYPES[dtype], device)
     return Checkpoint(path, model, processor, signature, _content_hash(path, weights))
 
@@ -328,7 +328,7 @@ def _check_weights_file(file: Path) -> None:
         ) from error
 
 
-def _read_processor(path: Path) -> MapAnythingLlava3DProcessor:
+def read_processor(path: Path) -> MapAnythingLlava3DProcessor:
     try:
         return MapAnythingLlava3DProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:

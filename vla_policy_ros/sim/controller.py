@@ -22,7 +22,7 @@ from vla_policy_ros.control.jtc import Acceptance, Command, ControllerParameters
 from vla_policy_ros.robot import Robot
 from vla_policy_ros.sim.dataset import RobotMismatch, check_robot, has_gripper
 from vla_policy_ros.sim.instructions import Target, parse_instruction
-from vla_policy_ros.sim.mjcf import TIMESTEP
+from vla_policy_ros.sim.mjcf import FINGER_JOINTS, TIMESTEP
 from vla_policy_ros.sim.scene import Scene, sample_scene
 from vla_policy_ros.sim.tasks import Episode, Task
 from vla_policy_ros.sim.world import TabletopWorld
@@ -88,10 +88,14 @@ class CommandRecord:
         self._last, self._velocity = positions.copy(), velocity
 
     def report(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """The record as plain numbers; ratios are to the limits of the robot file, and at most 1 when they are kept."""
+        """The record as plain numbers; ratios are to the limits of the robot file, and at most 1 when they are kept.
+
+        A finger's numbers are in m; ``max_step_rad`` leaves it out.
+        """
+        turning = [i for i, name in enumerate(names) if name not in FINGER_JOINTS]
         joints = {
             name: {
-                'max_step_rad': float(self.max_step[i]),
+                'max_step': float(self.max_step[i]),
                 'max_velocity': float(self.max_step[i] / self.period),
                 'velocity_limit': float(self.velocity_limit[i]),
                 'max_acceleration': float(self.max_acceleration[i]),
@@ -102,7 +106,7 @@ class CommandRecord:
         return {
             'ticks': self.ticks,
             'period_s': self.period,
-            'max_step_rad': float(self.max_step.max()),
+            'max_step_rad': float(self.max_step[turning].max()),
             'max_step_ratio': float((self.max_step / (self.velocity_limit * self.period)).max()),
             'joints': joints,
         }

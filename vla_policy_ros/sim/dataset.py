@@ -25,6 +25,8 @@ from vla_policy_ros.sim.tasks import TASKS, Episode, Task, TaskState
 from vla_policy_ros.sim.world import TabletopWorld
 from vla_policy_ros.types import NS_PER_S, CameraView, Observation
 
+Pixel = tuple[float, float] | None
+
 STATE_NOISE = 0.002
 FINGER_NOISE = 0.0003
 REST_SHARE = 0.12
@@ -34,7 +36,7 @@ PUSH_SIZE = 0.06
 WOBBLE_SIZE = 0.012
 DEPTH_SIZE = (64, 48)
 
-MIX: dict[str, float] = {'reach': 0.62, 'reach_any': 0.12, 'push': 0.26, 'pick': 0.5, 'place': 0.5}
+MIX: dict[str, float] = {'reach': 0.5, 'reach_any': 0.1, 'push': 0.4, 'pick': 0.5, 'place': 0.5}
 """Shares of the tasks among training scenes, of those that the robot can do."""
 
 LABELLED_SHAPES = (*SHAPES, 'zone')
@@ -73,15 +75,15 @@ class Example:
         observation: what the policy sees; the examples of one scene share the image arrays. Its stamp is 1 s.
         actions: float64 ``[T, A]`` absolute joint positions in the order of ``robot.action.joints``; row ``i`` is the target
             at the observation's stamp plus ``(i + 1) * period``.
-        target_pixels: per camera, the pixel ``(u, v)`` of the named object's centre, None where that camera does not see it
-            there or several objects bear the name.
+        target_pixels: per camera, the pixels ``(u, v)`` of the named object's centre and of the zone it shall go to, None where
+            that camera does not see it there, several objects bear the name, or no zone is named.
         scene_id: the scene's seed, shared by its examples.
         labels: of the scene.
     """
 
     observation: Observation
     actions: NDArray[np.float64]
-    target_pixels: dict[str, tuple[float, float] | None]
+    target_pixels: dict[str, tuple[Pixel, Pixel]]
     scene_id: int
     labels: SceneLabels
 
@@ -169,11 +171,10 @@ def _scene_examples(
     vector = np.concatenate([measured[name][columns] for name in robot.state.fields])
     columns = [world.joint_names.index(joint) for joint in robot.action.joints]
     for episode in episodes:
-        target = episode.targets[0] if len(episode.targets) == 1 else None
         yield Example(
             observation=Observation(NS_PER_S, cameras, vector, NS_PER_S, episode.instruction),
-            actions=_chunk(task, kinematics, state, episode, robot)[:, columns],
-            target_pixels={name: None if target is None else world.visible_pixel(name, target) for name in robot.camera_names},
+            actions=_chunk(TASKS[episode.task], kinematics, state, episode, robot)[:, columns],
+            target_pixels={name: _target_pixels(world, name, episode) for name in robot.camera_names},
             scene_id=scene_id,
             labels=labels,
         )
@@ -182,6 +183,11 @@ def _scene_examples(
 def _view(world: TabletopWorld, name: str) -> CameraView:
     view = world.render(name)
     return CameraView(view.rgb, view.K, NS_PER_S)
+
+
+def _target_pixels(world: TabletopWorld, camera: str, episode: Episode) -> tuple[Pixel, Pixel]:
+    target = world.visible_pixel(camera, episode.targets[0]) if len(episode.targets) == 1 else None
+    return target, world.visible_zone(camera) if TASKS[episode.task].needs_zone else None
 
 
 def _labels(world: TabletopWorld, cameras: tuple[str, ...]) -> SceneLabels:

@@ -24,6 +24,8 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     'green': (0.10, 0.62, 0.20),
     'blue': (0.10, 0.26, 0.84),
     'yellow': (0.96, 0.80, 0.06),
+    'orange': (0.94, 0.42, 0.05),
+    'purple': (0.50, 0.14, 0.66),
 }
 SHAPES = ('cube', 'ball', 'cylinder')
 HELD_OUT_KINDS = (('green', 'ball'), ('yellow', 'cylinder'))
@@ -58,8 +60,8 @@ class Variation:
         kinds: ``trained``, or ``held_out``: the first object is of a kind that ordinary scenes never show.
         shared_colour: whether two objects share a colour; None draws it.
         twins: the second object is of the first one's kind, so that a sentence may fit both.
-        zone: a coloured disc is painted on the table, clear of the objects, and the first object is a cube, which can be
-            pushed: balls roll and cylinders fall.
+        zone: a coloured disc is painted on the table, clear of the objects, and two objects or all of them are cubes, which can
+            be pushed: balls roll and cylinders fall.
         graspable: all objects are small enough for the gripper, whichever way it takes them.
         camera: ``nominal``, ``jitter`` (position uniform within CAMERA_SHIFT m per axis, axes tilted by CAMERA_TILT degrees, one
             standard deviation) or ``shifted`` (position uniform within ``camera_shift`` m per axis, nothing else).
@@ -161,6 +163,12 @@ class Scene:
     table: tuple[float, float, float]
     zone: Zone | None = None
 
+    def place_to_go(self) -> Zone:
+        """The zone, for tasks that need one. Raises ValueError in a scene without."""
+        if self.zone is None:
+            raise ValueError(f'scene {self.seed} has no zone; draw it with Variation(zone=True)')
+        return self.zone
+
 
 def sample_scene(seed: int, variation: Variation = NOMINAL) -> Scene:
     """Draw a scene; the same seed and variation give the same scene."""
@@ -235,7 +243,7 @@ def _kinds(rng: np.random.Generator, variation: Variation) -> list[tuple[str, st
             colours[second] = colours[first]
             shapes[second] = str(rng.choice([shape for shape in SHAPES if shape != shapes[first]]))
         if variation.zone:
-            shapes[0] = 'cube'
+            shapes[:2] = ['cube', 'cube']
         if variation.twins:
             colours[1], shapes[1] = colours[0], shapes[0]
         kinds = list(zip(colours, shapes, strict=True))

@@ -107,7 +107,7 @@ class AugmentedScenes:
         if 'depth' in shared:
             shared['depth'] = move_tiles(shared['depth'], transforms, height, width)
         if 'target_pixels' in own:
-            own['target_pixels'] = move_points(own['target_pixels'], transforms)
+            own['target_pixels'] = move_points(own['target_pixels'].transpose(1, 2), transforms).transpose(1, 2)
         return replace(scene, shared=shared, own=own)
 
     def examples_in(self, scene: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from vla_policy_ros.model.modeling import MapAnythingLlava3DForConditionalGeneration
 from vla_policy_ros.model.presets import FROM_NOTHING, PRESETS
 from vla_policy_ros.model.processing import MapAnythingLlava3DProcessor
-from vla_policy_ros.policy.checkpoint import load_checkpoint, new_model, new_processor
+from vla_policy_ros.policy.checkpoint import load_checkpoint, new_model, new_processor, read_processor
 from vla_policy_ros.resources import checkpoint_path, robot_path
 from vla_policy_ros.robot import Robot, load_robot
 from vla_policy_ros.training.config import TrainingConfig
@@ -77,8 +77,10 @@ def _start(config: TrainingConfig, robot: Robot) -> Start:
     if config.transfer_from is not None:
         assert config.preset is not None  # the schema wants it
         model = new_model(robot, config.preset, config.seed, config.network)
-        content = transfer_weights(model, checkpoint_path(config.transfer_from))
-        return Start(model, new_processor(robot, config.preset, model.config), content)
+        donor = checkpoint_path(config.transfer_from)
+        content = transfer_weights(model, donor)
+        # The rows of the embedding mean what the donor's tokenizer says.
+        return Start(model, new_processor(robot, config.preset, model.config, tokenizer=read_processor(donor).tokenizer), content)
     if config.start_from is not None:
         opened = load_checkpoint(checkpoint_path(config.start_from), robot)
         return Start(opened.model, opened.processor, opened.content_hash)

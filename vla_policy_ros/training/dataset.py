@@ -23,6 +23,7 @@ from vla_policy_ros.model.processing import MapAnythingLlava3DProcessor
 from vla_policy_ros.types import Observation
 
 DEPTH_SIDE = 16
+TARGETS = 2
 
 
 class PictureLabels(Protocol):
@@ -48,12 +49,13 @@ class TrainingExample(Protocol):
     """What an example must have. Beside that it may have
 
     - ``action_is_pad``: bool ``[T]``, actions beyond the end of the recording, which no loss counts;
-    - ``labels``: `PictureLabels` of its scene.
+    - ``labels``: `PictureLabels` of its scene;
+    - ``target_pixels``: camera name to the pixels ``(u, v)`` in that camera's image of the `TARGETS` that the sentence names, an
+      object and where to bring it; None where one is not seen or not named.
 
     Attributes:
         observation: what the policy would see.
         actions: float64 ``[T, A]`` absolute actions in robot units; row i is the target at the stamp plus (i + 1) periods.
-        target_pixels: camera name to pixel ``(u, v)`` of the named object in that camera's image, None where it is not seen.
         scene_id: examples with the same id share their images.
     """
 
@@ -62,9 +64,6 @@ class TrainingExample(Protocol):
 
     @property
     def actions(self) -> NDArray[np.float64]: ...
-
-    @property
-    def target_pixels(self) -> Mapping[str, tuple[float, float] | None]: ...
 
     @property
     def scene_id(self) -> int: ...
@@ -86,7 +85,7 @@ class ExampleSet:
         state: float64 ``[N, S]``, robot units.
         actions: float64 ``[N, T, A]``, robot units, absolute.
         action_is_pad: bool ``[N, T]``.
-        target_pixels: float32 ``[N, V, 2]`` in pixels of ``pixel_values``; NaN where the target is not seen.
+        target_pixels: float32 ``[N, V, TARGETS, 2]`` in pixels of ``pixel_values``; NaN where a target is not seen or not named.
         instructions: N sentences.
     """
 
@@ -123,7 +122,7 @@ class ExampleSet:
             state.append(observation.state)
             actions.append(example.actions)
             padding.append(getattr(example, 'action_is_pad', np.zeros(len(example.actions), dtype=np.bool_)))
-            pixels.append(_model_pixels(example.target_pixels, example, processor))
+            pixels.append(_target_pixels(example, processor))
             instructions.append(observation.instruction)
         if not views:
             raise ValueError('there are no examples to train on')
@@ -205,6 +204,17 @@ def _scene_tensors(example: TrainingExample, processor: MapAnythingLlava3DProces
         'object_points': torch.from_numpy(points),
         'depth': torch.from_numpy(depth),
     }
+
+
+def _target_pixels(example: TrainingExample, processor: MapAnythingLlava3DProcessor) -> NDArray[np.float32]:
+    """``[V, TARGETS, 2]`` in pixels of the model's images."""
+    of_camera = getattr(example, 'target_pixels', {})
+    nothing = (None,) * TARGETS
+    rows = [
+        _model_pixels({name: of_camera.get(name, nothing)[target] for name in processor.config.cameras}, example, processor)
+        for target in range(TARGETS)
+    ]
+    return np.stack(rows, axis=1)
 
 
 def _model_pixels(

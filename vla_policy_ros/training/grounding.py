@@ -1,8 +1,8 @@
-"""Auxiliary loss that teaches the prefix where the named object is.
+"""Auxiliary loss that teaches the prefix where the named object is, and where it shall go.
 
-A small head looks at the image tokens as the last language layer receives them, and answers, per camera, in which patch the
-object lies and where in the patch. With few samples the flow loss alone does not find out that words and patches belong together.
-The head belongs to the trainer; the checkpoint does not contain it.
+A small head looks at the image tokens as the last language layer receives them, and answers, per camera and target, in which
+patch the target lies and where in the patch. With few samples the flow loss alone does not find out that words and patches
+belong together. The head belongs to the trainer; the checkpoint does not contain it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from vla_policy_ros.training.patches import locate
 
 
 @dataclass(frozen=True)
@@ -29,36 +31,32 @@ class GroundingLoss:
 
 
 class GroundingHead(nn.Module):
-    """One logit and one offset ``(du, dv)`` per image token.
+    """One logit and one offset ``(du, dv)`` per image token and target.
 
     Args:
         width: D.
         patch_size: side of a patch, pixels.
         grid: patches along one side of an image.
+        targets: G, what a sentence can name: an object, and a place for it.
     """
 
-    def __init__(self, width: int, patch_size: int, grid: int) -> None:
+    def __init__(self, width: int, patch_size: int, grid: int, targets: int = 2) -> None:
         super().__init__()
         self.patch_size, self.grid = patch_size, grid
         self.norm = nn.LayerNorm(width)
-        self.logit = nn.Linear(width, 1)
-        self.offset = nn.Linear(width, 2)
+        self.logit = nn.Linear(width, targets)
+        self.offset = nn.Linear(width, 2 * targets)
 
     def forward(self, tokens: Tensor, target_pixels: Tensor) -> GroundingLoss:
-        """``tokens`` ``[B, V, N, D]`` and targets ``[B, V, 2]`` in pixels of the model's images, NaN where not seen."""
-        tokens = self.norm(tokens.float()).flatten(0, 1)
-        pixels = target_pixels.flatten(0, 1)
-        # The centre of pixel 0 is coordinate 0, so that the left edge of the first patch lies at -0.5.
-        position = (pixels + 0.5) / self.patch_size
-        seen = torch.isfinite(pixels).all(dim=-1) & (position >= 0).all(dim=-1) & (position < self.grid).all(dim=-1)
-        tokens, position = tokens[seen], position[seen]
-        if len(tokens) == 0:
+        """``tokens`` ``[B, V, N, D]`` and targets ``[B, V, G, 2]`` in pixels of the model's images, NaN where not seen."""
+        tokens = self.norm(tokens.float())
+        logits = self.logit(tokens).transpose(2, 3)
+        offsets = self.offset(tokens).unflatten(3, (-1, 2)).transpose(2, 3)
+        seen, cell, offset = locate(target_pixels, self.patch_size, self.grid)
+        logits, offsets, cell, offset = logits[seen], offsets[seen], cell[seen], offset[seen]
+        if len(logits) == 0:
             nothing = self.logit.weight.sum() * 0.0
             return GroundingLoss(nothing, nothing, nothing.detach())
-        column, row = position.floor().long().unbind(-1)
-        cell = row * self.grid + column
-        logits = self.logit(tokens)[..., 0]
-        chosen = tokens[torch.arange(len(tokens)), cell]
-        offset = self.offset(chosen) - (position - position.floor() - 0.5)
+        error = offsets[torch.arange(len(cell)), cell] - offset
         accuracy = (logits.argmax(dim=-1) == cell).float().mean()
-        return GroundingLoss(F.cross_entropy(logits, cell), offset.square().mean(), accuracy.detach())
+        return GroundingLoss(F.cross_entropy(logits, cell), error.square().mean(), accuracy.detach())

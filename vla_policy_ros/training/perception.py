@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vla_policy_ros.training.patches import locate
+
 CENTRE_WEIGHT = 8.0
 POINT_ORIGIN = (0.5, 0.0, 0.03)
 POINT_UNIT = 0.1
@@ -52,11 +54,7 @@ class PerceptionHead(nn.Module):
             depth: ``[B, V, side, side]``, m, NaN where unknown.
         """
         tokens = self.norm(tokens.float())
-        # The centre of pixel 0 is coordinate 0, so that the left edge of the first patch lies at -0.5.
-        position = (pixels + 0.5) / self.patch_size
-        seen = torch.isfinite(pixels).all(dim=-1) & (position >= 0).all(dim=-1) & (position < self.grid).all(dim=-1)
-        column, row = torch.where(seen[..., None], position, 0.0).floor().long().unbind(-1)
-        cell = row * self.grid + column
+        seen, cell, offset = locate(pixels, self.patch_size, self.grid)
         at = torch.gather(tokens, 2, cell[..., None].expand(*cell.shape, tokens.shape[-1]))[seen]
         colour, shape = kinds[:, None].expand(*cell.shape, 2)[seen].unbind(-1)
         placed = torch.isfinite(points[seen]).all(dim=-1)
@@ -65,7 +63,7 @@ class PerceptionHead(nn.Module):
         losses = {name: _mean(F.cross_entropy(logits, label, reduction='none')) for name, (logits, label) in answers.items()}
         losses |= {
             'centre': self._centre_loss(tokens, cell, seen),
-            'offset': _mean((self.offset(at) - (position - position.floor() - 0.5)[seen]).square()),
+            'offset': _mean((self.offset(at) - offset[seen]).square()),
             'point': _mean(
                 F.smooth_l1_loss(self.point(at[placed]), (points[seen][placed] - origin) / POINT_UNIT, beta=0.1, reduction='none')
             ),
@@ -86,9 +84,10 @@ class PerceptionHead(nn.Module):
 
     def _depth_loss(self, tokens: Tensor, depth: Tensor) -> Tensor:
         """Mean absolute error of the logarithm; a tile that is partly unknown does not count."""
-        wanted = F.interpolate(depth, size=(self.grid, self.grid), mode='bilinear', align_corners=False).flatten(2)
+        depth, size = depth.clamp(*DEPTH_RANGE), (self.grid, self.grid)
+        wanted = F.interpolate(depth, size=size, mode='bilinear', align_corners=False).flatten(2)
         known = torch.isfinite(wanted)
-        error = self.depth(tokens)[..., 0][known] - wanted[known].clamp(*DEPTH_RANGE).log()
+        error = self.depth(tokens)[..., 0][known] - wanted[known].log()
         return _mean(error.abs())
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 
 from vla_policy_ros.model.processing import MapAnythingLlava3DProcessor
@@ -16,7 +19,7 @@ SHARD_EXAMPLES = 6000
 SHARDS_PER_SEED = 20_000
 VALIDATION_SHARD = 10_000
 """Shards from here on belong to no seed's training examples; a count that would reach them is refused."""
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 """Raise it with every change of what the simulator draws or its experts do: files of an older version are then made again."""
 
 
@@ -41,21 +44,31 @@ def validation_examples(robot: Robot, processor: MapAnythingLlava3DProcessor, co
 
 def _shards(robot: Robot, processor: MapAnythingLlava3DProcessor, count: int, cache: Path, first: int) -> ExampleSet:
     cache.mkdir(parents=True, exist_ok=True)
-    made_for, parts = _made_for(robot, processor), []
+    made_for, sizes = _made_for(robot, processor), {}
     for index in range(-(-count // SHARD_EXAMPLES)):
         size = min(SHARD_EXAMPLES, count - index * SHARD_EXAMPLES)
-        file = cache / f'{robot.name}_{first + index:05d}_{size}_{made_for}.safetensors'
-        if not file.exists():
-            # The simulator needs OpenGL, which a machine that trains from finished shards may lack.
-            from vla_policy_ros.sim.dataset import examples
+        sizes[cache / f'{robot.name}_{first + index:05d}_{size}_{made_for}.safetensors'] = (first + index, size)
+    missing = [file for file in sizes if not file.exists()]
+    if len(missing) == 1:
+        _make_shard(robot, processor, *sizes[missing[0]], missing[0])
+    elif missing:
+        # A process for each core: rendering in software keeps one busy, and an OpenGL context belongs to one process.
+        with ProcessPoolExecutor(min(len(missing), os.cpu_count() or 1), get_context('spawn')) as pool:
+            running = [pool.submit(_make_shard, robot, processor, *sizes[file], file) for file in missing]
+            for done, future in enumerate(as_completed(running), start=1):
+                future.result()
+                print(f'examples: {done} of {len(running)} files made', flush=True)
+    return ExampleSet.join([ExampleSet.load(file) for file in sizes])
 
-            made = ExampleSet.build(examples(robot, first + index, size), processor)
-            partial = file.with_suffix('.part')
-            made.save(partial)
-            partial.rename(file)
-        parts.append(ExampleSet.load(file))
-        print(f'examples {sum(len(part) for part in parts)} / {count}', flush=True)
-    return ExampleSet.join(parts)
+
+def _make_shard(robot: Robot, processor: MapAnythingLlava3DProcessor, seed: int, size: int, file: Path) -> None:
+    # The simulator needs OpenGL, which a machine that trains from finished shards may lack.
+    from vla_policy_ros.sim.dataset import examples
+
+    made = ExampleSet.build(examples(robot, seed, size), processor)
+    partial = file.with_suffix('.part')
+    made.save(partial)
+    partial.rename(file)
 
 
 def _made_for(robot: Robot, processor: MapAnythingLlava3DProcessor) -> str:

@@ -7,8 +7,8 @@ last target of the episode that target is repeated and marked as padding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,14 +29,12 @@ class Window:
         actions: float64 ``[T, A]``, robot units, absolute.
         action_is_pad: bool ``[T]``: beyond the end of the episode.
         scene_id: a number of its own for each step.
-        target_pixels: empty: a recording does not know where the named object is.
     """
 
     observation: Observation
     actions: NDArray[np.float64]
     action_is_pad: NDArray[np.bool_]
     scene_id: int
-    target_pixels: Mapping[str, tuple[float, float] | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

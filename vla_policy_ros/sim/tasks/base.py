@@ -23,7 +23,8 @@ from vla_policy_ros.sim.mjcf import FINGER_OPEN
 from vla_policy_ros.sim.scene import JITTER, Scene, Variation
 from vla_policy_ros.sim.world import TabletopWorld
 
-FINGER_STEP = 0.012
+FINGER_SPEED = 0.12
+"""m/s; each finger on its own."""
 PHRASINGS = ('trained', 'held_out')
 
 
@@ -96,9 +97,10 @@ class TaskState:
     finger: float = FINGER_OPEN
     finger_target: float = FINGER_OPEN
 
-    def finger_towards(self, wanted: float) -> float:
-        """What to tell the fingers, m, so that they get to ``wanted`` in steps that they can follow."""
-        return self.finger + min(FINGER_STEP, max(-FINGER_STEP, wanted - self.finger))
+    def finger_towards(self, wanted: float, period: float) -> float:
+        """What to tell the fingers, m, so that they get to ``wanted`` at a speed that they can follow; the next ``period`` (s)."""
+        step = FINGER_SPEED * period
+        return self.finger + min(step, max(-step, wanted - self.finger))
 
     def moved(self, q: NDArray[np.float64]) -> TaskState:
         """The same objects, the arm elsewhere."""
@@ -112,6 +114,7 @@ class Task(Protocol):
         name: as in `TASKS`.
         seconds: how long an episode lasts, simulated.
         needs_gripper: whether only a robot with a gripper can do it.
+        needs_zone: whether something is to be brought to the zone, which the sentence names.
     """
 
     @property
@@ -123,11 +126,15 @@ class Task(Protocol):
     @property
     def needs_gripper(self) -> bool: ...
 
+    @property
+    def needs_zone(self) -> bool: ...
+
     def sample(self, seed: int, conditions: Conditions) -> Episode:
         """The episode of a seed. Raises ValueError where the conditions do not fit the task."""
 
     def training_episodes(self, seed: int) -> list[Episode]:
-        """Episodes that share the scene of a seed; the first is the one whose path the training state lies on."""
+        """Episodes that share the scene of a seed, some of another task perhaps; the first is the one whose path the training state
+        lies on."""
 
     def step(self, kinematics: ArmKinematics, state: TaskState, episode: Episode, period: float) -> TaskState:
         """The state that the expert reaches one ``period`` (s) later."""

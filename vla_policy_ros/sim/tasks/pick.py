@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vla_policy_ros.sim.expert import MAX_TOOL_SPEED, ArmKinematics, funnel, step_towards
 from vla_policy_ros.sim.mjcf import FINGER_OPEN
-from vla_policy_ros.sim.scene import ObjectSpec, Scene, Zone, sample_scene
+from vla_policy_ros.sim.scene import ObjectSpec, Scene, sample_scene
 from vla_policy_ros.sim.tasks.base import TRAINING, Conditions, Episode, Outcome, TaskState
 from vla_policy_ros.sim.world import TabletopWorld
 
@@ -51,7 +51,7 @@ class Pick:
     name = 'pick'
     seconds = 7.0
     needs_gripper = True
-    _zone = False
+    needs_zone = False
     _templates: tuple[str, ...] = PICK_TEMPLATES
     _held_out: tuple[str, ...] = HELD_OUT_PICK_TEMPLATES
 
@@ -59,12 +59,12 @@ class Pick:
         if conditions.scene.kinds == 'held_out' or conditions.naming not in ('any', 'full'):
             raise ValueError(f'{self.name} names its objects in full and has no held-out kinds; leave naming and kinds alone')
         rng = np.random.default_rng([seed, _EPISODE])
-        scene = sample_scene(seed, replace(conditions.scene, zone=self._zone, graspable=True))
+        scene = sample_scene(seed, replace(conditions.scene, zone=self.needs_zone, graspable=True))
         return self._episode(scene, int(rng.integers(len(scene.objects))), rng, conditions)
 
     def training_episodes(self, seed: int) -> list[Episode]:
         rng = np.random.default_rng([seed, _EPISODE])
-        scene = sample_scene(seed, replace(TRAINING.scene, zone=self._zone, graspable=True))
+        scene = sample_scene(seed, replace(TRAINING.scene, zone=self.needs_zone, graspable=True))
         return [self._episode(scene, int(slot), rng, TRAINING) for slot in rng.permutation(len(scene.objects))]
 
     def step(self, kinematics: ArmKinematics, state: TaskState, episode: Episode, period: float) -> TaskState:
@@ -79,7 +79,7 @@ class Pick:
         else:
             way, target = _approach(tool, centre, spec, state.finger)
         q = step_towards(kinematics, state.q, way, period, SLOW if holds else MAX_TOOL_SPEED)
-        return self._moved(kinematics, state, slot, spec, q, target, holds)
+        return self._moved(kinematics, state, slot, spec, q, state.finger_towards(target, period), holds)
 
     def measure(self, world: TabletopWorld, episode: Episode) -> Outcome:
         raised = [float(world.object_position(slot)[2]) - spec.half_height for slot, spec in enumerate(episode.scene.objects)]
@@ -107,12 +107,11 @@ class Pick:
         target: float,
         holds: bool,
     ) -> TaskState:
-        """The state after the arm has come to ``q`` and the fingers went towards ``target``."""
+        """The state after the arm has come to ``q`` and the fingers went to ``target`` as far as they could."""
         before, _ = kinematics.place(state.q)
         after, _ = kinematics.place(q)
         objects = state.objects.copy()
         stop = _half_width(spec) if _around(before, objects[slot], spec) else 0.0
-        target = state.finger_towards(target)
         finger = max(stop, target)
         if holds and target < _half_width(spec):
             objects[slot] = objects[slot] + after - before
@@ -132,11 +131,11 @@ class Place(Pick):
 
     name = 'place'
     seconds = 11.0
-    _zone = True
+    needs_zone = True
     _templates, _held_out = PLACE_TEMPLATES, HELD_OUT_PLACE_TEMPLATES
 
     def measure(self, world: TabletopWorld, episode: Episode) -> Outcome:
-        zone, slot = _zone(episode.scene), episode.targets[0]
+        zone, slot = episode.scene.place_to_go(), episode.targets[0]
         place, spec = world.object_position(slot), episode.scene.objects[slot]
         error = float(np.hypot(place[0] - zone.x, place[1] - zone.y))
         if error < PLACED and place[2] < spec.half_height + 0.01 and world.joint_state()[0][-1] > _half_width(spec) + GRASPED:
@@ -147,7 +146,7 @@ class Place(Pick):
         return Outcome(False, error, 'missed' if _displaced(world, episode.scene, slot) else 'timed_out')
 
     def _carry(self, tool: NDArray[np.float64], scene: Scene, spec: ObjectSpec) -> tuple[NDArray[np.float64], float]:
-        zone, closed = _zone(scene), _half_width(spec) - SQUEEZE
+        zone, closed = scene.place_to_go(), _half_width(spec) - SQUEEZE
         to_zone = np.array([zone.x, zone.y]) - tool[:2]
         remaining, down = float(np.linalg.norm(to_zone)), _grasp_height(spec) + 0.004
         if remaining < ON_ZONE:
@@ -159,14 +158,8 @@ class Place(Pick):
         return np.array([*along, climb]), closed
 
     def _finished(self, centre: NDArray[np.float64], spec: ObjectSpec, scene: Scene) -> bool:
-        zone = _zone(scene)
+        zone = scene.place_to_go()
         return float(np.hypot(centre[0] - zone.x, centre[1] - zone.y)) < PLACED * 0.6
-
-
-def _zone(scene: Scene) -> Zone:
-    if scene.zone is None:
-        raise ValueError(f'scene {scene.seed} has no zone to place in; draw it with Variation(zone=True)')
-    return scene.zone
 
 
 def _half_width(spec: ObjectSpec) -> float:

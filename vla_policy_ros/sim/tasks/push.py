@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla_policy_ros.sim.expert import MAX_TOOL_SPEED, ArmKinematics, funnel, step_towards
+from vla_policy_ros.sim.instructions import instruction_for
 from vla_policy_ros.sim.scene import ZONE_RADIUS, ObjectSpec, Scene, Zone, sample_scene
 from vla_policy_ros.sim.tasks.base import TRAINING, Conditions, Episode, Outcome, TaskState
 from vla_policy_ros.sim.world import TabletopWorld
@@ -31,13 +32,14 @@ HELD_OUT_TEMPLATES = (
 TOOL_HEIGHT = 0.032
 TOOL_RADIUS = 0.015
 BEHIND = 0.03
-LINE_WIDTH = 0.014
+LINE_WIDTH = 0.02
 LOW = 0.055
 ARRIVED = 0.012
-FINGERS = 0.022
-"""Distance of each finger of a gripper from the middle, m: too close for a cube to slip between."""
+FINGERS = 0.005
+"""Distance of each finger of a gripper from the middle, m: nearly closed, so that no finger comes down on a cube."""
 PUSH_SPEED = 0.14
-TURN_PER_STEP = 0.15
+TURN_SPEED = 1.5
+"""rad/s: a quicker turn of the hand would leave the rest of the arm no time to travel."""
 SUCCESS_DISTANCE = 0.04
 MOVED = 0.05
 _STEERING = 1.5
@@ -50,6 +52,7 @@ class Push:
     name = 'push'
     seconds = 10.0
     needs_gripper = False
+    needs_zone = True
 
     def sample(self, seed: int, conditions: Conditions) -> Episode:
         if conditions.scene.kinds == 'held_out' or conditions.naming not in ('any', 'full'):
@@ -62,22 +65,25 @@ class Push:
     def training_episodes(self, seed: int) -> list[Episode]:
         rng = np.random.default_rng([seed, _EPISODE])
         scene = sample_scene(seed, replace(TRAINING.scene, zone=True))
-        return [self._episode(scene, int(slot), rng, TRAINING) for slot in rng.permutation(_cubes(scene))]
+        pushes = [self._episode(scene, int(slot), rng, TRAINING) for slot in rng.permutation(_cubes(scene))]
+        # The same picture and a sentence that does not ask for a push: otherwise the zone alone would say that something is pushed.
+        slot = int(rng.integers(len(scene.objects)))
+        return [*pushes, Episode('reach', scene, instruction_for(scene.objects[slot], scene.objects, rng), (slot,))]
 
     def step(self, kinematics: ArmKinematics, state: TaskState, episode: Episode, period: float) -> TaskState:
         slot = episode.targets[0]
-        spec, zone = episode.scene.objects[slot], _zone(episode.scene)
+        spec, zone = episode.scene.objects[slot], episode.scene.place_to_go()
         tool, _ = kinematics.place(state.q)
         ahead = np.array([zone.x, zone.y]) - state.objects[slot][:2]
         way, speed = _way(tool, state.objects[slot], spec, zone)
-        q = step_towards(kinematics, state.q, way, period, speed, _turn(kinematics.heading(), ahead))
+        q = step_towards(kinematics, state.q, way, period, speed, _turn(kinematics.heading(), ahead, TURN_SPEED * period))
         objects = state.objects.copy()
         objects[slot] = _carried(kinematics.place(q)[0], objects[slot], spec)
-        finger = state.finger_towards(FINGERS)
+        finger = state.finger_towards(FINGERS, period)
         return TaskState(q, objects, finger, finger)
 
     def measure(self, world: TabletopWorld, episode: Episode) -> Outcome:
-        zone = _zone(episode.scene)
+        zone = episode.scene.place_to_go()
         place = np.array([zone.x, zone.y])
         error = float(np.linalg.norm(world.object_position(episode.targets[0])[:2] - place))
         if error < SUCCESS_DISTANCE:
@@ -92,14 +98,8 @@ class Push:
 
     def _episode(self, scene: Scene, slot: int, rng: np.random.Generator, conditions: Conditions) -> Episode:
         templates = conditions.templates(TEMPLATES, HELD_OUT_TEMPLATES)
-        sentence = templates[int(rng.integers(len(templates)))].format(scene.objects[slot].name, _zone(scene).colour)
+        sentence = templates[int(rng.integers(len(templates)))].format(scene.objects[slot].name, scene.place_to_go().colour)
         return Episode(self.name, scene, sentence, (slot,))
-
-
-def _zone(scene: Scene) -> Zone:
-    if scene.zone is None:
-        raise ValueError(f'scene {scene.seed} has no zone to push into; draw it with Variation(zone=True)')
-    return scene.zone
 
 
 def _cubes(scene: Scene) -> list[int]:
@@ -131,13 +131,12 @@ def _way(tool: NDArray[np.float64], centre: NDArray[np.float64], spec: ObjectSpe
     return funnel(tool, np.array([*behind, TOOL_HEIGHT])), MAX_TOOL_SPEED
 
 
-def _turn(heading: NDArray[np.float64], ahead: NDArray[np.float64]) -> float:
-    """Angle, rad, at most a quarter turn, that brings the line of the fingers across the push; none once the cube has arrived."""
+def _turn(heading: NDArray[np.float64], ahead: NDArray[np.float64], most: float) -> float:
+    """Angle, rad, at most a quarter turn and ``most``, that brings the line of the fingers across the push; none once arrived."""
     if float(np.linalg.norm(ahead)) < ARRIVED:
         return 0.0
     angle = np.arctan2(ahead[1], ahead[0]) - np.arctan2(heading[1], heading[0])
-    # Slowly, for a quick turn of the hand would leave the rest of the arm no time to travel.
-    return float(np.clip((angle + np.pi / 2) % np.pi - np.pi / 2, -TURN_PER_STEP, TURN_PER_STEP))
+    return float(np.clip((angle + np.pi / 2) % np.pi - np.pi / 2, -most, most))
 
 
 def _carried(tool: NDArray[np.float64], centre: NDArray[np.float64], spec: ObjectSpec) -> NDArray[np.float64]:

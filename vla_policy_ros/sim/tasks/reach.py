@@ -30,6 +30,7 @@ class Reach:
     name = 'reach'
     seconds = 4.0
     needs_gripper = False
+    needs_zone = False
 
     def sample(self, seed: int, conditions: Conditions) -> Episode:
         for attempt in range(_SCENES):
