@@ -21,10 +21,12 @@ from vla_policy_ros.resources import robot_path, share_path
 
 def policy_node(context: LaunchContext) -> list:
     """The node and the events that bring it up. Arguments left empty keep what the parameter file says."""
-    given = {name: LaunchConfiguration(name).perform(context) for name in ('checkpoint', 'dry_run', 'device')}
+    given = {name: LaunchConfiguration(name).perform(context) for name in ('checkpoint', 'dry_run', 'device', 'seed')}
     overrides: dict[str, object] = {name: value for name, value in given.items() if value}
     if given['dry_run']:
         overrides['dry_run'] = ParameterValue(LaunchConfiguration('dry_run'), value_type=bool)
+    if given['seed']:
+        overrides['seed'] = ParameterValue(LaunchConfiguration('seed'), value_type=int)
     namespace = LaunchConfiguration('namespace').perform(context)
     logger = '.'.join([*(part for part in namespace.split('/') if part), 'policy_node'])
     node = LifecycleNode(
@@ -99,6 +101,9 @@ def generate_launch_description() -> LaunchDescription:
             ),
             DeclareLaunchArgument(
                 'device', default_value='', description='torch device; empty keeps the value of the parameter file'
+            ),
+            DeclareLaunchArgument(
+                'seed', default_value='', description='Of the sampling noise; empty keeps the value of the parameter file'
             ),
             DeclareLaunchArgument(
                 'log_level', default_value='info', choices=['debug', 'info', 'warn', 'error'], description='Log level of the node'

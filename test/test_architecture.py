@@ -39,10 +39,11 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     'control': ({'robot', 'types'}, {'numpy'}),
     'control/kinematics': (set(), {'numpy', 'mujoco'}),  # on demand: see test_importing_a_room_stays_light
     'runtime': (BELOW_RUNTIME, {'numpy'}),
-    'ros': ({'episodes', 'runtime', *BELOW_RUNTIME, 'resources'}, {'numpy', 'cv2', 'av', 'rosbags', *ROS}),
-    'replay': ({'runtime', *BELOW_RUNTIME, 'resources'}, {'numpy', 'rosbags', 'matplotlib'}),
+    'ros': ({'bags', 'episodes', 'runtime', *BELOW_RUNTIME, 'resources'}, {'numpy', 'cv2', 'av', 'rosbags', *ROS}),
+    'bags': ({'control', 'types'}, {'numpy', 'rosbags'}),
+    'replay': ({'bags', 'episodes', 'runtime', *BELOW_RUNTIME, 'resources'}, {'numpy', 'cv2', 'rosbags', 'matplotlib'}),
     'episodes/sim_recording': ({'sim', 'episodes', 'robot', 'types'}, {'numpy'}),  # the simulator as a robot that can be recorded
-    'episodes': ({'replay', 'runtime', 'observation', 'control', 'robot', 'strict_yaml', 'types'}, EPISODE_LIBRARIES),
+    'episodes': ({'bags', 'runtime', 'observation', 'control', 'robot', 'strict_yaml', 'types'}, EPISODE_LIBRARIES),
     'training': (BELOW_TRAINING, {'numpy', *NETWORK, *TRAINING_TOOLS}),
     'training/tabletop': ({'sim', *BELOW_TRAINING}, {'numpy', *NETWORK}),  # the simulator's examples; the trainer takes any
     'sim': ({'control', 'robot', 'types', 'resources'}, {'numpy', 'mujoco', 'cv2'}),
@@ -51,7 +52,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     'evaluation': ({'demo', 'ros', 'runtime', 'sim', *BELOW_RUNTIME, 'resources'}, {'numpy', 'rich', 'yaml'}),
     'robot_report': ({'robot'}, {'rich'}),
     'cli': (
-        {'demo', 'episodes', 'evaluation', 'robot_report', 'ros', 'replay', 'training', 'sim', *BELOW_RUNTIME, 'resources'},
+        {'bags', 'demo', 'episodes', 'evaluation', 'robot_report', 'ros', 'replay', 'training', 'sim', *BELOW_RUNTIME, 'resources'},
         {'numpy', 'typer', 'rich'},
     ),
 }  # fmt: skip

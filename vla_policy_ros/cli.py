@@ -17,7 +17,7 @@ import typer
 from vla_policy_ros import __version__
 
 if TYPE_CHECKING:
-    from vla_policy_ros.replay.recording import Recording
+    from vla_policy_ros.bags.recording import Recording
 
 app = typer.Typer(
     help='A 3D vision-language-action policy as a ROS 2 node.',
@@ -237,7 +237,7 @@ def _recordings(bag: Path | None, topic: str | None, preferred: Sequence[str], s
         return read_recordings(bag, topic, preferred)
     if topic is None:
         raise ValueError('give a bag, or the command topic of a live system with --topic')
-    from vla_policy_ros.replay.recording import recording_from_messages, state_topic_of
+    from vla_policy_ros.bags.recording import recording_from_messages, state_topic_of
 
     try:
         from vla_policy_ros.ros.lint_topic import LiveTopicError, listen
@@ -349,6 +349,21 @@ def dataset(
     raise typer.Exit(1 if any(outcome.problem for outcome in report.episodes) else 0)
 
 
+@app.command()
+def play(
+    bag: Annotated[Path, typer.Argument(help='Folder of a rosbag2 bag.')],
+    *,
+    rate: Annotated[float, typer.Option(help='Speed relative to the recording.')] = 1.0,
+    topics: Annotated[list[str] | None, typer.Option(help='Only this topic, which may be a command. Give it repeatedly.')] = None,
+    wait_for: Annotated[list[str] | None, typer.Option(help='Begin when this topic has a subscriber. Give it repeatedly.')] = None,
+) -> None:
+    """Republish a bag over DDS with its clock: real input for a node with use_sim_time. Commands stay out unless they are named."""
+    from vla_policy_ros.ros.bag_player import main as play_bag
+
+    lists = [part for name, values in (('--topics', topics), ('--wait-for', wait_for)) if values for part in (name, *values)]
+    raise typer.Exit(play_bag(['bag_player', str(bag), '--rate', str(rate), *lists]))
+
+
 @app.command('open-loop')
 def open_loop(
     source: Annotated[Path, typer.Argument(help='A bag, a folder of bags, or a LeRobot dataset.')],
@@ -392,6 +407,56 @@ def open_loop(
         typer.echo(text)
     else:
         print_errors(results, resolved, Console(width=None if sys.stdout.isatty() else REPORT_WIDTH))
+
+
+@app.command()
+def replay(
+    bags: Annotated[list[Path], typer.Argument(help='Bags: folders, or their .mcap or .db3 files.')],
+    *,
+    checkpoint: Annotated[str, typer.Option(help='Checkpoint: a folder, or the name of a shipped one.')],
+    robot: RobotOption,
+    out: Annotated[Path, typer.Option(help='Folder for a report of each bag.')] = Path('replay'),
+    second: Annotated[str | None, typer.Option(help='A second checkpoint, compared with the first.')] = None,
+    instruction: Annotated[str | None, typer.Option(help='Instead of what was recorded.')] = None,
+    latency: Annotated[str, typer.Option(help='From question to answer: ms, "measured", or a .json file with a list of ms.')] = '0',
+    replan_rate: Annotated[float, typer.Option(help="Hz, as the node's parameter.")] = 5.0,
+    start_offset: Annotated[float, typer.Option(help='Seconds of each bag to skip.')] = 0.0,
+    playback_duration: Annotated[float | None, typer.Option(help='Seconds of each bag to replay; else to its end.')] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Integration steps; else the checkpoint's.")] = None,
+    solver: Annotated[str | None, typer.Option(help="euler, ab2 or midpoint; else the checkpoint's.")] = None,
+    seed: SeedOption = 0,
+    annotated: Annotated[bool, typer.Option(help='Also write a bag with chunks and trajectories.')] = True,
+    live: Annotated[Path | None, typer.Option(help='A bag with the chunks of a live node that saw this bag: compared.')] = None,
+    jobs: Annotated[int, typer.Option(min=1, help='Processes that share the bags.')] = 1,
+    threads: Annotated[int, typer.Option(min=1, help='Threads of torch, per process.')] = 1,
+    fail_if: Annotated[list[str] | None, typer.Option(help='"NAME > NUMBER": exit code 1 where it holds. Repeat it.')] = None,
+) -> None:
+    """What a checkpoint would have done in recorded bags, through the code of the live node: reports, before anything moves."""
+    from vla_policy_ros.resources import checkpoint_path, robot_path
+    from vla_policy_ros.robot import load_robot
+
+    with _sentence_instead_of_traceback(OSError, ValueError):
+        resolved = load_robot(robot_path(robot))
+        missing = [str(bag) for bag in bags if not bag.exists()]
+        if missing:
+            raise ValueError(f'bag {missing[0]} does not exist; give the folder of a rosbag2 bag, or its .mcap or .db3 file')
+        from vla_policy_ros.replay.gate import Gate
+        from vla_policy_ros.replay.latency import Latency
+        from vla_policy_ros.replay.offline import ReplaySettings
+
+        gates = tuple(Gate.parse(text) for text in fail_if or ())
+        settings = ReplaySettings(replan_rate, Latency.parse(latency), start_offset, playback_duration, seed)
+        folders = [checkpoint_path(name) for name in (checkpoint, second) if name is not None]
+
+        # Loads torch, which takes seconds: only now that everything else is known to be right.
+        from vla_policy_ros.replay.command import ReplayOptions, run
+
+        options = ReplayOptions(
+            tuple(bags), resolved, folders[0], out, folders[1] if len(folders) > 1 else None, settings, instruction, steps, solver,
+            annotated, live, threads, jobs, gates,
+        )  # fmt: skip
+        code = run(options, lambda line: typer.echo(line, err=True))
+    raise typer.Exit(code)
 
 
 @app.command()

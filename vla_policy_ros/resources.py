@@ -73,6 +73,20 @@ def checkpoint_path(name: str | Path) -> Path:
         raise ResourceError(f'checkpoint {str(name)!r}: no such folder, and no shipped checkpoint of that name') from error
 
 
+def message_path(name: str) -> Path:
+    """Path of the definition of a message of vla_policy_msgs, such as ``ActionChunk``: in the source tree, or installed.
+
+    Raises:
+        ResourceError: it is in neither.
+    """
+    beside = [folder / 'msg' / f'{name}.msg' for folder in _share_folders()]
+    installed = [folder.parent / 'vla_policy_msgs' / 'msg' / f'{name}.msg' for folder in _share_folders()]
+    for path in (*beside, *installed):
+        if path.is_file():
+            return path
+    raise ResourceError(f'the definition of vla_policy_msgs/msg/{name} was not found: install the package vla_policy_msgs')
+
+
 def _shipped_file(name: str | Path, place: str, kind: str, noun: str) -> Path:
     path = Path(name)
     if path.is_file():

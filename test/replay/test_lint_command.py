@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import random
-import shutil
 from pathlib import Path
 
 import pytest
 from bag_writing import COMMAND, arm_bag, joint_state, move, point, trajectory, write_bag
+from replay_bags import broken
 from typer.testing import CliRunner, Result
 
 from vla_policy_ros.cli import app
@@ -88,21 +87,6 @@ def test_two_controllers_are_judged_apart(tmp_path: Path) -> None:
     result = lint(bag, '--json', '-')
     assert [topic['joints'] for topic in json.loads(result.stdout)['topics']] == [['a', 'b'], ['finger']]
     assert result.exit_code == 0
-
-
-def broken(path: Path, source: Path, seed: int) -> Path:
-    """A copy of the bag ``source`` of which one file is cut or has a few bytes flipped."""
-    rng = random.Random(seed)
-    bag = Path(shutil.copytree(source, path))
-    file = rng.choice(sorted(bag.iterdir())) if seed % 4 == 0 else next(f for f in bag.iterdir() if f.suffix != '.yaml')
-    data = bytearray(file.read_bytes())
-    if seed % 2:
-        data = data[: rng.randrange(len(data))]
-    else:
-        for _ in range(rng.choice([1, 3, 30])):
-            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    file.write_bytes(data)
-    return bag
 
 
 @pytest.mark.parametrize('options', [{}, {'compressed': True}, {'sqlite': True}], ids=['mcap', 'mcap-zstd', 'sqlite'])

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from vla_policy_ros.bags.recording import Received, Recording
 from vla_policy_ros.control.jtc_trajectory import TrajectoryMessage
 from vla_policy_ros.replay.lint_profile import ControllerChoice, ProfileError, parse_changes
-from vla_policy_ros.replay.recording import Received, Recording
 from vla_policy_ros.robot import load_robot
 
 

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from vla_policy_ros.bags.recording import JointPositions, Received, Recording
 from vla_policy_ros.control.jtc import JointTrajectoryController
 from vla_policy_ros.control.jtc_rules import ControllerParameters
 from vla_policy_ros.control.jtc_trajectory import TrajectoryMessage, TrajectoryPoint
 from vla_policy_ros.replay import trajectory_lint
 from vla_policy_ros.replay.lint_report import LintReport, TopicReport
-from vla_policy_ros.replay.recording import JointPositions, Received, Recording
 from vla_policy_ros.replay.trajectory_lint import lint_recording
 
 MS = 1_000_000

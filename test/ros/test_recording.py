@@ -16,7 +16,9 @@ from rosbags.highlevel import AnyReader
 from vla_policy_ros.control.jtc_rules import ControllerParameters, lint, validate
 from vla_policy_ros.control.jtc_trajectory import TrajectoryMessage, TrajectoryPoint
 from vla_policy_ros.demo.processes import Child
-from vla_policy_ros.policy import new_checkpoint
+from vla_policy_ros.episodes.bag_episode import BagEpisode
+from vla_policy_ros.policy import Policy, new_checkpoint
+from vla_policy_ros.replay.reproduce import LiveChunk, foreign, reproduce
 from vla_policy_ros.robot import Robot, load_robot
 from vla_policy_ros.types import NS_PER_S
 
@@ -24,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BAG = ROOT.parent / 'shared' / 'data' / 'g1_bottle' / 'bag'
 ROBOT_FILE = ROOT / 'config' / 'robots' / 'g1_bottle.yaml'
 REPLAN_RATE = 5.0
+SEED = 1
 PREVIEW = '/policy_node/preview/upper_body'
 
 pytestmark = [
@@ -42,6 +45,7 @@ class Played:
     end_ns: int
     messages: dict[str, list[tuple[int, Any]]]
     node_log: str
+    checkpoint: Path
 
 
 @pytest.fixture(scope='module')
@@ -58,7 +62,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
         messages: dict[str, list[tuple[int, Any]]] = {}
         for connection, time_ns, raw in reader.messages():
             messages.setdefault(connection.topic, []).append((time_ns, reader.deserialize(raw, connection.msgtype)))
-    yield Played(robot, begin_ns, end_ns, messages, (folder / 'node.log').read_text())
+    yield Played(robot, begin_ns, end_ns, messages, (folder / 'node.log').read_text(), checkpoint)
 
 
 def _play(environment: pytest.MonkeyPatch, folder: Path, robot: Robot, checkpoint: Path) -> None:
@@ -96,7 +100,7 @@ def _play(environment: pytest.MonkeyPatch, folder: Path, robot: Robot, checkpoin
         'vla_policy_ros.ros.policy_node',
         [
             '--ros-args', '-p', f'robot_file:={ROBOT_FILE}', '-p', f'checkpoint:={checkpoint}', '-p', 'use_sim_time:=true',
-            '-p', 'dry_run:=true', '-p', 'autostart:=true', '-p', f'replan_rate:={REPLAN_RATE}', '-p', 'seed:=1',
+            '-p', 'dry_run:=true', '-p', 'autostart:=true', '-p', f'replan_rate:={REPLAN_RATE}', '-p', f'seed:={SEED}',
         ],
         folder / 'node.log',
     )  # fmt: skip
@@ -176,6 +180,17 @@ def test_previewed_points_respect_the_limits_of_the_robot_file(played: Played) -
         assert (positions >= lower - 1e-9).all() and (positions <= upper + 1e-9).all()
         assert (np.abs(velocities) <= speed + 1e-9).all()
         assert (velocities[-1] == 0.0).all()
+
+
+def test_a_replay_answers_every_chunk_as_the_live_node_did(played: Played) -> None:
+    live = [LiveChunk.of(message) for _, message in played.messages['/policy_node/chunk']]
+    policy = Policy.load(played.checkpoint, played.robot, seed=SEED)
+    made = reproduce(BagEpisode(BAG, played.robot), policy.infer, live)
+    assert made.recorded == made.matched == len(live) > 40
+    assert made.largest is not None and made.largest < 1e-6
+    assert foreign(live, policy.checkpoint_hash, policy.stats_hash) == 0
+    other = Policy.load(played.checkpoint, played.robot, seed=SEED + 1)
+    assert (reproduce(BagEpisode(BAG, played.robot), other.infer, live[:5]).largest or 0.0) > 1e-3, 'the comparison would notice'
 
 
 def test_dry_run_sends_nothing_to_the_controller(played: Played) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vla_policy_ros.robot import Robot, load_robot
-from vla_policy_ros.sim.dataset import RobotMismatch, examples
+from vla_policy_ros.sim.dataset import RobotMismatch, Sampling, examples
 from vla_policy_ros.sim.instructions import parse_instruction
 from vla_policy_ros.sim.scene import COLOURS, Variation, sample_scene
 
@@ -144,3 +144,30 @@ def test_a_robot_that_the_arm_cannot_play_is_named():
         examples(Robot.model_validate(data), seed=0, count=1)
     with pytest.raises(ValueError, match='seed >= 0'):
         examples(ROBOT, seed=-1, count=1)
+
+
+def test_more_of_one_task_and_fewer_states_after_arrival():
+    sampling = Sampling(mix={'push': 1.0}, arrived=0.0, strays=0.5)
+    busy, drawn = (list(examples(ROBOT, seed=3, count=60, sampling=each)) for each in (sampling, Sampling(mix={'push': 1.0})))
+    assert all(np.isfinite(example.labels.points[-1]).all() for example in busy), 'every scene has a zone'
+
+    def resting(batch):
+        firsts = [scene[0] for scene in scenes_of(batch)]
+        return np.mean([np.abs(np.diff(example.actions, axis=0)).sum() < 0.1 for example in firsts])
+
+    assert resting(busy) <= resting(drawn)
+    again = next(iter(examples(ROBOT, seed=3, count=1, sampling=sampling)))
+    assert np.array_equal(again.actions, busy[0].actions)
+
+
+@pytest.mark.parametrize(
+    ('mix', 'words'), [({'pusch': 1.0}, "task 'pusch'"), ({'push': -1.0}, 'must not be negative'), ({'push': 0.0}, 'be positive')]
+)
+def test_a_mix_that_means_nothing_is_refused(mix, words):
+    with pytest.raises(ValueError, match=words):
+        Sampling(mix=mix)
+
+
+def test_a_mix_of_tasks_that_the_robot_cannot_do_is_refused():
+    with pytest.raises(RobotMismatch, match="task 'pick' needs a gripper"):
+        examples(ROBOT, seed=0, count=1, sampling=Sampling(mix={'pick': 1.0}))

@@ -11,9 +11,10 @@ from episode_recordings import FPS, ROBOT, ROBOT_TEXT, entries, number_of, recor
 
 from vla_policy_ros.episodes.bag_episode import BagEpisode
 from vla_policy_ros.episodes.episode import EpisodeError
+from vla_policy_ros.episodes.errors import HOLD, POLICY, REPEAT_LAST, OpenLoopError, baselines
 from vla_policy_ros.policy.checkpoint import new_model, new_processor
 from vla_policy_ros.robot import parse_robot
-from vla_policy_ros.training.open_loop import HOLD, POLICY, REPEAT_LAST, OpenLoopError, baselines, measure, to_dict
+from vla_policy_ros.training.open_loop import measure, to_dict
 from vla_policy_ros.training.recorded import open_recorded
 from vla_policy_ros.training.recorded_config import Augmentation, RecordedData
 from vla_policy_ros.training.scenes import Draw
@@ -82,7 +83,8 @@ def test_errors_are_those_of_counted_actions_and_baselines_look_at_nothing(tmp_p
     assert (error.mae, error.rmse) == pytest.approx((0.15, np.sqrt((0.01 + 0.04) / 2)))
     # The arm moves on by 0.05 and 0.02 a step, and the target is 0.01 and 0.03 ahead of it.
     np.testing.assert_allclose(perfect.errors[HOLD].joint_mae[0], np.average([0.06, 0.11, 0.16, 0.21], weights=[12, 11, 10, 9]))
-    made = baselines(episode, [5], 4)
+    step = episode.steps[5]
+    made = baselines(ROBOT, step.state[None], np.array([step.stamp_ns]), episode.commands, 4)
     np.testing.assert_allclose(made[REPEAT_LAST], [[target(5)] * 4], atol=1e-9)
     assert to_dict([shifted], ROBOT)['episodes'][0][HOLD]['joint_mae']['a'] > 0
 

@@ -16,16 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from rosbags.typesys.store import Typestore
 
-from vla_policy_ros.episodes.commands import CommandError, Commands, Targets, targets_of_rows, targets_of_trajectories
-from vla_policy_ros.episodes.episode import Episode, EpisodeError, InputTimes, Provenance, Step, read_provenance
-from vla_policy_ros.observation import ObservationAssembler, ObservationError, Snapshot
-from vla_policy_ros.replay.bag_reading import (
+from vla_policy_ros.bags.reading import (
     CLOCK_TYPE,
     STATE_TYPES,
     Bag,
@@ -36,7 +33,10 @@ from vla_policy_ros.replay.bag_reading import (
     clock_pair,
     damage_note,
 )
-from vla_policy_ros.replay.recording import positions_from_message, stamp_ns, trajectory_from_message
+from vla_policy_ros.bags.recording import positions_from_message, stamp_ns, trajectory_from_message
+from vla_policy_ros.episodes.commands import CommandError, Commands, Targets, targets_of_rows, targets_of_trajectories
+from vla_policy_ros.episodes.episode import Episode, EpisodeError, InputTimes, Provenance, Step, read_provenance
+from vla_policy_ros.observation import ObservationAssembler, ObservationError, Snapshot
 from vla_policy_ros.robot import Camera, Controller, Robot
 from vla_policy_ros.runtime import without_numbers
 from vla_policy_ros.types import NS_PER_S, Observation
@@ -85,8 +85,8 @@ class BagEpisode(Episode):
             return
         last = wanted[-1]
         chosen = wanted if isinstance(wanted, range) else frozenset(wanted)
-        with self._open() as bag:
-            playback = _Playback(bag, self._topics, self._clock, self._instruction)
+        with self.open_bag() as bag:
+            playback = self.replay(bag)
             for index, snapshot in enumerate(playback.snapshots()):
                 if index in chosen:
                     try:
@@ -96,15 +96,20 @@ class BagEpisode(Episode):
                 if index == last:
                     return
 
-    def _open(self) -> Bag:
+    def replay(self, bag: Bag) -> Playback:
+        """A fresh pass over ``bag``, which `open_bag` has opened, with the topics and the clock of this episode."""
+        return Playback(bag, self._topics, self._clock, self._instruction)
+
+    def open_bag(self) -> Bag:
+        """The bag, as it could be read; use it as a context manager."""
         return Bag(self.path, salvage=self._salvage, notes=self.notes)
 
     def _scan(self, robot: Robot, *, salvage: bool) -> None:
         self._salvage = salvage
-        with self._open() as bag:
+        with self.open_bag() as bag:
             self._topics = resolve_topics(robot, bag.types, self.name, self._instruction)
             self._clock = _clock(bag, self.notes)
-            playback = _Playback(bag, self._topics, self._clock, self._instruction)
+            playback = self.replay(bag)
             steps = [_step(snapshot) for snapshot in playback.snapshots()]
         self.robot, self.steps, self.skipped = robot, tuple(steps), playback.skipped
         self.notes += self._topics.notes
@@ -215,8 +220,34 @@ def _closest(topic: str, candidates: Sequence[str]) -> str:
 # ---- playing a bag through the assembler -----------------------------------------------------------------------------------------
 
 
+class Sink(Protocol):
+    """Who is told the messages of a robot's inputs, as an `ObservationAssembler` is: each answers why it was refused, or None."""
+
+    def put_image(self, camera: str, message: Any, now_ns: int) -> str | None: ...
+
+    def put_camera_info(self, camera: str, message: Any, now_ns: int) -> str | None: ...
+
+    def put_joint_state(self, message: Any, now_ns: int) -> str | None: ...
+
+    def put_instruction(self, text: str, now_ns: int) -> str | None: ...
+
+    @property
+    def state(self) -> tuple[NDArray[np.float64], int] | None: ...
+
+
+@dataclass(frozen=True)
+class Fed:
+    """A message that a sink was told: its topic, the camera if it is an image, and whether it was refused."""
+
+    topic: str
+    camera: str | None
+    message: Any
+    now_ns: int
+    refused: bool
+
+
 @dataclass
-class _Playback:
+class Playback:
     """One pass over a bag. After it, what was heard beside the pixels."""
 
     bag: Bag
@@ -232,32 +263,20 @@ class _Playback:
 
     def snapshots(self) -> Iterator[Snapshot]:
         """The snapshots of the steps, undecoded."""
-        robot, store = self.topics.robot, self.bag.store
+        robot = self.topics.robot
         assembler = ObservationAssembler(robot)
-        if self.instruction is not None:
-            refused = assembler.put_instruction(self.instruction, 1)
-            if refused:
-                raise EpisodeError(refused)
-        cameras = {camera.topic: name for name, camera in robot.cameras.items()}
         last, fresh = dict.fromkeys(robot.cameras, 0), set[str]()
-        for stored in self.bag.messages(self.topics.names):
-            now_ns = self.clock.at(stored.receive_ns)
-            message = self._decoded(store, stored)
-            if message is None:
+        for fed in self.feed(assembler):
+            camera = fed.camera
+            if camera is None or fed.refused:
                 continue
-            refused = self._put(assembler, stored.topic, message, now_ns)
-            if refused:
-                self.skipped[_kind(refused)] += 1
-            camera = cameras.get(stored.topic)
-            if camera is None or refused:
-                continue
-            if stamp_ns(message) == last[camera]:
+            if stamp_ns(fed.message) == last[camera]:
                 self.skipped[f'camera {camera!r}: an image of the same stamp again'] += 1
                 continue
             fresh.add(camera)
-            if len(fresh) < len(cameras):
+            if len(fresh) < len(robot.cameras):
                 continue
-            problems = assembler.problems(now_ns)
+            problems = assembler.problems(fed.now_ns)
             if problems:
                 self.skipped[f'no step: {_kind(problems[0])}'] += 1
                 continue
@@ -265,6 +284,23 @@ class _Playback:
             last.update({name: stamp for name, (_, stamp, _) in snapshot.images.items()})
             fresh.clear()
             yield snapshot
+
+    def feed(self, sink: Sink) -> Iterator[Fed]:
+        """Tell ``sink`` every message, in the order of receipt; each is yielded once it was told."""
+        if self.instruction is not None:
+            refused = sink.put_instruction(self.instruction, 1)
+            if refused:
+                raise EpisodeError(refused)
+        cameras = {camera.topic: name for name, camera in self.topics.robot.cameras.items()}
+        for stored in self.bag.messages(self.topics.names):
+            now_ns = self.clock.at(stored.receive_ns)
+            message = self._decoded(self.bag.store, stored)
+            if message is None:
+                continue
+            refused = self._put(sink, stored.topic, message, now_ns)
+            if refused:
+                self.skipped[_kind(refused)] += 1
+            yield Fed(stored.topic, cameras.get(stored.topic), message, now_ns, refused is not None)
 
     def inputs(self) -> tuple[InputTimes, ...]:
         """Times of all messages that were played."""
@@ -280,23 +316,23 @@ class _Playback:
             self.skipped[f'{stored.topic}: a message cannot be decoded ({type(error).__name__})'] += 1
             return None
 
-    def _put(self, assembler: ObservationAssembler, topic: str, message: Any, now_ns: int) -> str | None:
+    def _put(self, sink: Sink, topic: str, message: Any, now_ns: int) -> str | None:
         robot = self.topics.robot
         for name, camera in robot.cameras.items():
             if topic == camera.topic:
                 self._note_time(f'camera:{name}', stamp_ns(message), now_ns)
-                return assembler.put_image(name, message, now_ns)
+                return sink.put_image(name, message, now_ns)
             if topic == camera.camera_info:
-                return assembler.put_camera_info(name, message, now_ns)
+                return sink.put_camera_info(name, message, now_ns)
         if topic == robot.state.topic:
             self._note_time('state', stamp_ns(message), now_ns)
-            refused = assembler.put_joint_state(message, now_ns)
-            if not refused and assembler.state is not None:
-                vector, when_ns = assembler.state
+            refused = sink.put_joint_state(message, now_ns)
+            if not refused and sink.state is not None:
+                vector, when_ns = sink.state
                 self.states.append((when_ns, robot.action_positions(vector)))
             return refused
         if topic == robot.instruction.topic:
-            return None if self.instruction is not None else assembler.put_instruction(message.data, now_ns)
+            return None if self.instruction is not None else sink.put_instruction(message.data, now_ns)
         return self._put_command(topic, message, now_ns)
 
     def _put_command(self, topic: str, message: Any, now_ns: int) -> str | None:
@@ -356,7 +392,7 @@ def _step(snapshot: Snapshot) -> Step:
 # ---- what was commanded ----------------------------------------------------------------------------------------------------------
 
 
-def _commands(robot: Robot, playback: _Playback, notes: list[str]) -> Commands:
+def _commands(robot: Robot, playback: Playback, notes: list[str]) -> Commands:
     streams = []
     for name, controller in robot.controllers.items():
         found = _commanded(robot, name, controller, playback, notes) or _reported(name, controller, playback)
@@ -367,7 +403,7 @@ def _commands(robot: Robot, playback: _Playback, notes: list[str]) -> Commands:
         raise EpisodeError(str(error)) from error
 
 
-def _commanded(robot: Robot, name: str, controller: Controller, playback: _Playback, notes: list[str]) -> Targets | None:
+def _commanded(robot: Robot, name: str, controller: Controller, playback: Playback, notes: list[str]) -> Targets | None:
     source = f'commands on {playback.topics.commands.get(name)}'
     try:
         if playback.arrays.get(name):
@@ -380,19 +416,19 @@ def _commanded(robot: Robot, name: str, controller: Controller, playback: _Playb
     return None
 
 
-def _reported(name: str, controller: Controller, playback: _Playback) -> Targets | None:
+def _reported(name: str, controller: Controller, playback: Playback) -> Targets | None:
     rows = playback.references.get(name)
     return targets_of_rows(controller.joints, rows, f'reference on {playback.topics.references[name]}') if rows else None
 
 
-def _measured(robot: Robot, name: str, controller: Controller, playback: _Playback, notes: list[str]) -> Targets:
+def _measured(robot: Robot, name: str, controller: Controller, playback: Playback, notes: list[str]) -> Targets:
     notes.append(f'no commands of {name} were recorded: the joint states that followed are taken for actions')
     columns = [robot.action.joints.index(joint) for joint in controller.joints]
     rows = [(when_ns, positions[columns]) for when_ns, positions in playback.states]
     return targets_of_rows(controller.joints, rows, f'joint states on {playback.topics.robot.state.topic}')
 
 
-def _at(robot: Robot, controller: Controller, playback: _Playback, now_ns: int) -> NDArray[np.float64]:
+def _at(robot: Robot, controller: Controller, playback: Playback, now_ns: int) -> NDArray[np.float64]:
     """Measured positions ``[J]`` of the controller's joints at a time: the newest state then, or else the first."""
     columns = [robot.action.joints.index(joint) for joint in controller.joints]
     before = [positions for when_ns, positions in playback.states if when_ns <= now_ns]

@@ -25,6 +25,11 @@ WARM_UP_RUNS = 2
 DEFAULT_IMAGE_SIZE = (640, 480)
 
 
+def use_threads(count: int) -> None:
+    """How many threads torch takes for one operation in this process; for those that call a policy without its executor."""
+    torch.set_num_threads(count)
+
+
 class Policy:
     """A checkpoint at work for one robot.
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from rosbags.typesys.store import Typestore
 
-from vla_policy_ros.replay import recording as messages
-from vla_policy_ros.replay.bag_reading import CLOCK_TYPE, STATE_TYPES, BagClock, BagError, StoredMessage, clock_pair, read_all
-from vla_policy_ros.replay.recording import JointPositions, Received, Recording
+from vla_policy_ros.bags import recording as messages
+from vla_policy_ros.bags.reading import CLOCK_TYPE, STATE_TYPES, BagClock, BagError, StoredMessage, clock_pair, read_all
+from vla_policy_ros.bags.recording import JointPositions, Received, Recording
 
 __all__ = ['BagError', 'read_recordings']
 

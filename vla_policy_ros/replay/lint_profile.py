@@ -12,8 +12,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from vla_policy_ros.bags.recording import Recording
 from vla_policy_ros.control.jtc_rules import ControllerParameters
-from vla_policy_ros.replay.recording import Recording
 from vla_policy_ros.robot import Controller, Robot
 
 DEFAULT_UPDATE_RATE = 100.0  # that of controller_manager

@@ -17,10 +17,10 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
+from vla_policy_ros.bags.recording import Received, Recording
 from vla_policy_ros.control.jtc import JointTrajectoryController
 from vla_policy_ros.control.jtc_rules import ControllerParameters, lint
 from vla_policy_ros.replay.lint_report import JointPeak, MessageFinding, TopicReport
-from vla_policy_ros.replay.recording import Received, Recording
 from vla_policy_ros.types import NS_PER_S
 
 Array = NDArray[np.float64]

@@ -39,6 +39,36 @@ DEPTH_SIZE = (64, 48)
 MIX: dict[str, float] = {'reach': 0.5, 'reach_any': 0.1, 'push': 0.4, 'pick': 0.5, 'place': 0.5}
 """Shares of the tasks among training scenes, of those that the robot can do."""
 
+# A tool that the expert moves by less than this in a period, m, has arrived; so long may it stand in between, periods.
+_ARRIVED_STEP = 0.008
+_PAUSE = 8
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which states the examples are drawn from.
+
+    Attributes:
+        mix: shares of the tasks among the scenes; None is `MIX`.
+        arrived: share of the states in which the expert has arrived already; None: as time draws them, which is most.
+        strays: share of the states that lie on the path of any of the scene's episodes rather than on the first one's, so that a
+            sentence is also answered from where another one has led.
+    """
+
+    mix: Mapping[str, float] | None = None
+    arrived: float | None = None
+    strays: float = 0.0
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.mix or () if name not in TASKS]
+        if unknown:
+            raise ValueError(f'mix has the task {unknown[0]!r}; tasks are {", ".join(TASKS)}')
+        if self.mix is not None and not (min(self.mix.values(), default=0.0) >= 0.0 and sum(self.mix.values()) > 0.0):
+            raise ValueError(f'mix is {dict(self.mix)}; shares must not be negative, and one must be positive')
+
+
+AS_TIME_GOES = Sampling()
+
 LABELLED_SHAPES = (*SHAPES, 'zone')
 
 SCENES_PER_SEED = 1 << 24
@@ -92,17 +122,19 @@ class RobotMismatch(ValueError):
     """The robot file describes something the simulated arm is not; the message names it."""
 
 
-def examples(robot: Robot, seed: int, count: int) -> Iterator[Example]:
-    """Yield ``count`` examples, scene by scene (one per thing to do there); the same seed yields the same ones.
+def examples(robot: Robot, seed: int, count: int, sampling: Sampling = AS_TIME_GOES) -> Iterator[Example]:
+    """Yield ``count`` examples, scene by scene (one per thing to do there); the same seed and sampling yield the same ones.
 
     Raises:
         RobotMismatch: the robot file names a camera, a joint or a state field that the simulated arm does not have.
-        ValueError: a negative seed or count.
+        ValueError: a negative seed or count, or a mix of tasks that the robot cannot do.
     """
     if seed < 0 or count < 0:
         raise ValueError(f'examples needs seed >= 0 and count >= 0, got {seed} and {count}')
     check_robot(robot)
-    return _stream(robot, seed, count)
+    for name in sampling.mix or ():
+        check_task(TASKS[name], robot)
+    return _stream(robot, seed, count, sampling)
 
 
 def check_robot(robot: Robot) -> None:
@@ -135,13 +167,15 @@ def check_task(task: Task, robot: Robot) -> None:
         )
 
 
-def _stream(robot: Robot, seed: int, count: int) -> Iterator[Example]:
+def _stream(robot: Robot, seed: int, count: int, sampling: Sampling) -> Iterator[Example]:
     world, kinematics = TabletopWorld(gripper=has_gripper(robot)), ArmKinematics()
-    shares = {name: share for name, share in MIX.items() if has_gripper(robot) or not TASKS[name].needs_gripper}
+    mix = MIX if sampling.mix is None else sampling.mix
+    shares = {name: share for name, share in mix.items() if has_gripper(robot) or not TASKS[name].needs_gripper}
     made = 0
     try:
         for scene in range(count):
-            for example in _scene_examples(world, kinematics, robot, shares, SCENE_SEED_BASE + seed * SCENES_PER_SEED + scene):
+            scene_id = SCENE_SEED_BASE + seed * SCENES_PER_SEED + scene
+            for example in _scene_examples(world, kinematics, robot, shares, sampling, scene_id):
                 if made == count:
                     return
                 yield example
@@ -151,7 +185,7 @@ def _stream(robot: Robot, seed: int, count: int) -> Iterator[Example]:
 
 
 def _scene_examples(
-    world: TabletopWorld, kinematics: ArmKinematics, robot: Robot, shares: dict[str, float], scene_id: int
+    world: TabletopWorld, kinematics: ArmKinematics, robot: Robot, shares: dict[str, float], sampling: Sampling, scene_id: int
 ) -> Iterator[Example]:
     rng = np.random.default_rng([scene_id, 1])
     share = np.array(list(shares.values()))
@@ -159,7 +193,10 @@ def _scene_examples(
     episodes = task.training_episodes(scene_id)
     world.reset_to(episodes[0].scene)
     start = TaskState(episodes[0].scene.start, np.stack([world.object_position(slot) for slot in range(len(world.objects))]))
-    state, velocity = _state_on_noisy_path(task, episodes[0], kinematics, start, robot.action.period, rng)
+    taken = episodes[0]
+    if sampling.strays > 0.0 and rng.random() < sampling.strays:
+        taken = episodes[int(rng.integers(len(episodes)))]
+    state, velocity = _state_on_noisy_path(taken, kinematics, start, robot.action.period, sampling.arrived, rng)
     world.put_objects(state.objects)
     world.set_arm(state.q, state.finger)
     cameras = {name: _view(world, name) for name in robot.camera_names}
@@ -214,22 +251,41 @@ def _chunk(task: Task, kinematics: ArmKinematics, state: TaskState, episode: Epi
 
 
 def _state_on_noisy_path(
-    task: Task, episode: Episode, kinematics: ArmKinematics, state: TaskState, period: float, rng: np.random.Generator
+    episode: Episode, kinematics: ArmKinematics, state: TaskState, period: float, arrived: float | None, rng: np.random.Generator
 ) -> tuple[TaskState, NDArray[np.float64]]:
     """The state, and joint velocities ``[7]``, after a random time of the episode, with pushes."""
-    velocity = np.zeros(7)
     if rng.random() < REST_SHARE:
-        return state, velocity
-    steps = int(rng.integers(1, round((task.seconds + LINGER) / period)))
+        return state, np.zeros(7)
+    longest = round((TASKS[episode.task].seconds + LINGER) / period)
+    steps = longest if arrived is not None else int(rng.integers(1, longest))
     pushed_at = int(rng.integers(steps)) if rng.random() < PUSH_SHARE else -1
-    for index in range(steps):
-        before = state.q
+    path, travelling = [], 0
+    for index, (passed, velocity, way) in enumerate(_noisy_path(episode, kinematics, state, period, pushed_at, rng)):
+        path.append((passed, velocity))
+        travelling = index + 1 if way > _ARRIVED_STEP else travelling
+        if len(path) == steps or (arrived is not None and len(path) > travelling + 3 * _PAUSE):
+            break
+    if arrived is None:
+        return path[-1]
+    # A path ends a while after arrival, so that what comes then is drawn from, too.
+    standing = rng.random() < arrived and travelling < len(path)
+    return path[int(rng.integers(travelling, len(path)) if standing else rng.integers(max(1, travelling)))]
+
+
+def _noisy_path(
+    episode: Episode, kinematics: ArmKinematics, state: TaskState, period: float, pushed_at: int, rng: np.random.Generator
+) -> Iterator[tuple[TaskState, NDArray[np.float64], float]]:
+    """States, joint velocities ``[7]`` and how far the expert moved the tool (m), period by period, with a push at one of them."""
+    task, index = TASKS[episode.task], 0
+    while True:
+        before, stood = state.q, kinematics.place(state.q)[0]
         state = task.step(kinematics, state, episode, period)
-        velocity = (state.q - before) / period
+        velocity, way = (state.q - before) / period, float(np.linalg.norm(kinematics.place(state.q)[0] - stood))
         q = state.q + rng.normal(0.0, WOBBLE_SIZE, size=7) * rng.random()
         if index == pushed_at:
             q = q + rng.normal(0.0, PUSH_SIZE, size=7)
         q = np.clip(q, kinematics.lower, kinematics.upper)
         # A push that would have driven the finger tips into the table does not happen.
         state = state.moved(q if kinematics.place(q)[0][2] > 0.015 else before)
-    return state, velocity
+        yield state, velocity, way
+        index += 1

@@ -31,6 +31,13 @@ class TabletopData(Section):
     validation_examples: int = Field(240, ge=0, description='Held-out examples; 0 is none.')
     folder: Path | None = Field(None, description='Where the examples are kept. None: `examples` in the run folder.')
     seed: int = Field(0, ge=0, description='Which scenes: different seeds share none.')
+    mix: dict[str, float] | None = Field(None, description='Shares of the tasks among the scenes. None: all that the robot can do.')
+    arrived: float | None = Field(
+        None, ge=0.0, le=1.0, description='Share of the states in which the expert has arrived already. None: as time draws them.'
+    )
+    strays: float = Field(
+        0.0, ge=0.0, le=1.0, description="Share of the states on the path of any of a scene's episodes, not on the first one's."
+    )
 
 
 class ExampleFileData(Section):

@@ -17,7 +17,7 @@ from vla_policy_ros.training.dataset import ExampleSet
 from vla_policy_ros.training.recorded import open_recorded
 from vla_policy_ros.training.recorded_config import RecordedData
 from vla_policy_ros.training.scenes import ExampleScenes, SceneDataset
-from vla_policy_ros.training.tabletop import tabletop_examples, validation_examples
+from vla_policy_ros.training.tabletop import SAMPLING, tabletop_examples, validation_examples
 
 
 class TrainingData(NamedTuple):
@@ -38,10 +38,11 @@ def open_data(config: TrainingConfig, robot: Robot, processor: MapAnythingLlava3
 
 def _tabletop(data: TabletopData, run: Path, robot: Robot, processor: MapAnythingLlava3DProcessor) -> TrainingData:
     folder = data.folder or run / 'examples'
-    training = tabletop_examples(robot, processor, data.examples, folder, seed=data.seed)
+    drawn = {name: value for name in SAMPLING if (value := getattr(data, name))}
+    training = tabletop_examples(robot, processor, data.examples, folder, data.seed, drawn)
     if not data.validation_examples:
         return TrainingData(ExampleScenes(training), None)
-    held_out = validation_examples(robot, processor, data.validation_examples, folder)
+    held_out = validation_examples(robot, processor, data.validation_examples, folder, drawn)
     return TrainingData(ExampleScenes(training), ExampleScenes(held_out))
 
 

@@ -22,9 +22,9 @@ from rosbags.rosbag2 import Reader
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 from rosbags.typesys.store import Typestore
 
-from vla_policy_ros.replay import recording as messages
-from vla_policy_ros.replay.mcap_recovery import RecoveredMcap
-from vla_policy_ros.replay.sqlite_recovery import RecoveredSqlite
+from vla_policy_ros.bags import recording as messages
+from vla_policy_ros.bags.mcap_recovery import RecoveredMcap
+from vla_policy_ros.bags.sqlite_recovery import RecoveredSqlite
 from vla_policy_ros.types import NS_PER_S
 
 CONTROLLER_STATE_TYPE = 'control_msgs/msg/JointTrajectoryControllerState'

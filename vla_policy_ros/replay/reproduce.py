@@ -1,0 +1,118 @@
+"""What a live node answered, asked again: the same observations from the bag through the same code, answer by answer.
+
+A node publishes with each chunk the stamps of the messages that it had looked at. The bag is played until exactly those messages
+are the newest ones, the policy is asked, and its answer is laid beside the recorded one. With the node's checkpoint and seed they
+agree to the last digits; where they do not, deployment and evaluation have drifted apart, or the bag does not hold what the node
+saw.
+
+Enters: an episode, a policy, recorded chunks. Leaves: a `Reproduction`. Caller's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rosbags.typesys import get_types_from_msg
+
+from vla_policy_ros.bags.reading import Bag, BagError
+from vla_policy_ros.episodes.bag_episode import BagEpisode
+from vla_policy_ros.observation import ObservationAssembler
+from vla_policy_ros.replay.annotate import CHUNK_TYPE
+from vla_policy_ros.resources import message_path
+from vla_policy_ros.runtime import Infer
+from vla_policy_ros.types import NS_PER_S
+
+Key = tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class LiveChunk:
+    """A recorded vla_policy_msgs/ActionChunk, as far as it matters: ``actions`` float64 ``[T, A]``."""
+
+    input_stamps: Mapping[str, int]
+    instruction: str
+    actions: NDArray[np.float64]
+    checkpoint_hash: str
+    stats_hash: str
+
+    @classmethod
+    def of(cls, message: Any) -> LiveChunk:
+        """From a message of rclpy or rosbags. Raises ValueError where its sizes contradict each other."""
+        stamps = [int(stamp.sec) * NS_PER_S + int(stamp.nanosec) for stamp in message.input_stamps]
+        actions = np.asarray(message.actions, dtype=np.float64).reshape(int(message.horizon), len(message.joint_names))
+        names = dict(zip(message.input_names, stamps, strict=True))
+        return cls(names, message.instruction, actions, message.checkpoint_hash, message.stats_hash)
+
+    @property
+    def key(self) -> Key:
+        """What identifies the observation that it answers."""
+        return tuple(sorted(self.input_stamps.items()))
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """How recorded answers compare with replayed ones.
+
+    Attributes:
+        recorded: chunks of the node; ``matched``: of those, how many observations the bag holds.
+        largest: largest difference of an action, robot units; None where nothing matched.
+        differences: per matched chunk, in order.
+    """
+
+    recorded: int
+    matched: int
+    largest: float | None
+    differences: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {'recorded': self.recorded, 'matched': self.matched, 'largest_difference': self.largest}
+
+
+def recorded_chunks(path: Path) -> list[LiveChunk]:
+    """The chunks that were recorded in a bag.
+
+    Raises:
+        BagError: there is no such bag, or it has no topic of ActionChunk.
+        DamagedBag: it is damaged.
+    """
+    with Bag(path) as bag:
+        topics = [topic for topic, kind in bag.types.items() if kind == CHUNK_TYPE]
+        if not topics:
+            raise BagError(f'{path} has no topic of type {CHUNK_TYPE}: record the node\'s "~/chunk"')
+        definitions = get_types_from_msg(message_path('ActionChunk').read_text(encoding='utf-8'), CHUNK_TYPE)
+        bag.store.register({name: fields for name, fields in definitions.items() if name not in bag.store.fielddefs})
+        return [LiveChunk.of(bag.store.deserialize_cdr(stored.data, stored.type)) for stored in bag.messages(topics)]
+
+
+def reproduce(episode: BagEpisode, infer: Infer, chunks: Sequence[LiveChunk]) -> Reproduction:
+    """Ask again what was asked for ``chunks``. ``infer`` must have the seed of the node."""
+    pending = {chunk.key: chunk for chunk in chunks}
+    differences: list[float] = []
+    assembler = ObservationAssembler(episode.robot)
+    with episode.open_bag() as bag:
+        for fed in episode.replay(bag).feed(assembler):
+            if not pending:
+                break
+            if assembler.problems(fed.now_ns) or (chunk := pending.get(_key(assembler))) is None:
+                continue
+            if assembler.instruction == chunk.instruction:
+                del pending[chunk.key]
+                answer = infer(assembler.snapshot().decode(), None)
+                same_shape = answer.actions.shape == chunk.actions.shape
+                differences.append(float(np.abs(answer.actions - chunk.actions).max()) if same_shape else float('inf'))
+    return Reproduction(len(chunks), len(differences), max(differences, default=None), tuple(differences))
+
+
+def foreign(chunks: Iterable[LiveChunk], checkpoint_hash: str, stats_hash: str) -> int:
+    """How many of ``chunks`` are of another checkpoint."""
+    return sum((chunk.checkpoint_hash, chunk.stats_hash) != (checkpoint_hash, stats_hash) for chunk in chunks)
+
+
+def _key(assembler: ObservationAssembler) -> Key:
+    return tuple(sorted(assembler.snapshot().input_stamps.items()))
