@@ -39,7 +39,7 @@ lint: setup  ## ruff and mypy
 bench: setup  ## measure what each stage costs on this machine
 	@$(RUN) python benchmarks/stages.py $(ARGS)
 
-# More than an hour: each part goes on where an interrupt left it.
+# Well over an hour: each part goes on where an interrupt left it.
 checkpoint: setup  ## train the shipped checkpoint from nothing, into runs/tabletop/checkpoint
 	@$(RUN) export OMP_NUM_THREADS=1; vla-policy train tabletop_perception && vla-policy train tabletop
 

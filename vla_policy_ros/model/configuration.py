@@ -144,7 +144,8 @@ class ActionExpertConfig(PreTrainedConfig):
             ``adarms`` lets it scale, shift and gate every norm of the suffix (as in pi0.5). Only the last two know a time per
             action, which a real-time-chunking prefix needs.
         time_min_period, time_max_period: periods of the sinusoidal time code.
-        objective: ``flow_matching``, or ``regression``: the same network answers the mean chunk at once, from no noise at t = 1.
+        objective: ``flow_matching``, or ``regression``: the same network answers the mean chunk at once, from one fixed draw at
+            t = 1.
             It is there to be compared with, and fails where several chunks are right.
         time_sampling: distribution of t in training, ``uniform`` or ``beta`` (alpha, beta, then ``scale * t + offset``).
         use_time_weight: weigh the loss by (1 - t) / E[1 - t].

@@ -248,7 +248,7 @@ class FlowMatchingActionExpert(nn.Module):
         if action_is_pad is not None and action_is_pad.shape != (batch, horizon):
             raise ValueError(f'action_is_pad is {tuple(action_is_pad.shape)}; it must be {(batch, horizon)}')
         if self.config.objective == 'regression':
-            noise, time = torch.zeros_like(noise), torch.ones_like(time)
+            noise, time = self._fixed_start(noise), torch.ones_like(time)
         clean = None if delay is None else torch.arange(horizon, device=actions.device) < delay[:, None]
         if clean is not None and self.config.time_conditioning == 'token':
             raise ValueError("delay needs a time per action; use time_conditioning 'concat_mlp' or 'adarms'")
@@ -261,6 +261,12 @@ class FlowMatchingActionExpert(nn.Module):
             error = error * ((1.0 - time) / (1.0 - self.mean_time))[:, None, None]
         kept = self._kept(action_is_pad, clean, repeats)
         return FlowLoss(velocity, target, time, kept, error if kept is None else error * kept)
+
+    def _fixed_start(self, noise: Tensor) -> Tensor:
+        """What regression starts from in place of ``noise [B, T, A]``: one draw, the same for every chunk. From zeros all actions
+        would be one and the same token, and learning hardly begins."""
+        drawn = torch.randn(noise.shape[1:], generator=torch.Generator().manual_seed(0))
+        return drawn.to(noise).expand_as(noise)
 
     @torch.no_grad()
     def sample_actions(
@@ -303,7 +309,7 @@ class FlowMatchingActionExpert(nn.Module):
         batch, shape = len(like), (self.config.action_horizon, self.config.action_dim)
         if noise is None:
             noise = torch.randn((batch, *shape), device=like.device, generator=generator)
-        noise = torch.zeros_like(noise, device=like.device) if regression else noise.to(like.device)
+        noise = self._fixed_start(noise.to(like.device)) if regression else noise.to(like.device)
         if regression and not (action_prefix is None and guidance is None):
             raise ValueError("a regression expert continues no known actions; use chunking 'replace' or 'ensemble'")
         self._check(noise, state)

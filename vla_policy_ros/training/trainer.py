@@ -110,7 +110,7 @@ class Trainer:
         data = scenes.trajectories()
         actions = processor.normalize_actions(data.actions, data.state).double().numpy()
         self.baselines = {
-            'zero_velocity': zero_velocity_loss(actions, data.action_is_pad, self._expert.config.objective),
+            'zero_velocity': zero_velocity_loss(actions, data.action_is_pad),
             'unconditional': unconditional_loss(actions, model.config.expert_config),
         }
         self.made_of = {
@@ -186,7 +186,7 @@ class Trainer:
         actions = self.processor.normalize_actions(data.actions, data.state).double().numpy()
         means = window.means(self.parallel)
         means.pop('samples_per_s')
-        return self._summary(means, zero_velocity_loss(actions, data.action_is_pad, self._expert.config.objective))
+        return self._summary(means, zero_velocity_loss(actions, data.action_is_pad))
 
     def _action_error(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean absolute error of sampled chunks, robot units."""
