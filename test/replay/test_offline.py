@@ -83,6 +83,23 @@ def test_recorded_actions_have_no_error_and_no_seam(episode: BagEpisode) -> None
     assert joined['aligned_error']['mae'] < 1e-9
 
 
+def test_pictures_that_a_recorder_compressed_are_those_of_the_robot(tmp_path: Path) -> None:
+    episode = BagEpisode(record(tmp_path / 'bag', entries(20, raw=False)), ROBOT)
+    seen, pictures = [], StalePictures(episode.recorded_robot)
+
+    def look(camera: str, message: object, is_image: bool) -> None:
+        if is_image:
+            pictures.add(camera, message)
+
+    def note(observation: Observation, chunk: ActionChunk) -> None:
+        seen.append(number_of(observation.cameras['top'].rgb))
+
+    run = replay(episode, perfect, ReplaySettings(), note, look)
+    assert len(run.chunks) > 5 and set(np.diff(seen[1:])) == {2} and pictures.seen == {'top': 20}
+    live = [LiveChunk(c.input_stamps, c.chunk.instruction, c.chunk.actions, 'w', 's') for c in run.chunks]
+    assert reproduce(episode, perfect, live).matched == len(live)
+
+
 def test_a_shift_and_a_swap_have_their_analytic_errors(episode: BagEpisode) -> None:
     shifted = windows_of(replayed(episode, policy(lambda step, _: target(step + 1))), episode.commands, ROBOT)
     found = accuracy(shifted, episode.commands, ROBOT)['errors']['policy']

@@ -96,6 +96,11 @@ class BagEpisode(Episode):
                 if index == last:
                     return
 
+    @property
+    def recorded_robot(self) -> Robot:
+        """The robot file with the topics and transports of the bag, which decode its messages."""
+        return self._topics.robot
+
     def replay(self, bag: Bag) -> Playback:
         """A fresh pass over ``bag``, which `open_bag` has opened, with the topics and the clock of this episode."""
         return Playback(bag, self._topics, self._clock, self._instruction)

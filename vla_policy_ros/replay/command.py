@@ -191,7 +191,7 @@ def replay_one(options: ReplayOptions, bag: Path, policies: Policies) -> str | N
 
 
 def _write(options: ReplayOptions, episode: BagEpisode, policies: Policies, folder: Path, question: str) -> None:
-    pictures, ideal = StalePictures(episode.robot), dict[str, str]()
+    pictures, ideal = StalePictures(episode.recorded_robot), dict[str, str]()
 
     def look(camera: str, message: Any, is_image: bool) -> None:
         if is_image:

@@ -156,7 +156,7 @@ class _Loop:
         self, episode: BagEpisode, infer: Infer, settings: ReplaySettings, observer: Observer | None, look: Look | None
     ) -> None:
         self._episode, self._infer, self._settings, self._observer, self._look = episode, infer, settings, observer, look
-        robot = episode.robot
+        robot = episode.recorded_robot
         slowest = min(controller.update_rate for controller in robot.controllers.values())
         planner = TrajectoryPlanner(
             JointLimits.from_robot(robot), Emission.for_controller(slowest, 'start', _TRANSPORT_MS), Workspace.from_robot(robot)

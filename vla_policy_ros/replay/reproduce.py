@@ -94,7 +94,7 @@ def reproduce(episode: BagEpisode, infer: Infer, chunks: Sequence[LiveChunk]) ->
     """Ask again what was asked for ``chunks``. ``infer`` must have the seed of the node."""
     pending = {chunk.key: chunk for chunk in chunks}
     differences: list[float] = []
-    assembler = ObservationAssembler(episode.robot)
+    assembler = ObservationAssembler(episode.recorded_robot)
     with episode.open_bag() as bag:
         for fed in episode.replay(bag).feed(assembler):
             if not pending:
