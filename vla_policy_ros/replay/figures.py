@@ -90,7 +90,7 @@ def ages(freshness: Mapping[str, Any]) -> str:
         axis.barh(names, [rows[name]['p50'] for name in names], color=_COLOURS[POLICY], height=0.4, label='median')
         axis.plot([rows[name]['max'] for name in names], names, '|', color='#333333', label='largest')
         axis.set_xlabel('ms')
-        axis.legend(fontsize=7.5)
+        axis.legend(loc='lower right', bbox_to_anchor=(1.0, 1.0), ncols=3, fontsize=7.5)
         return _svg(figure)
 
 
