@@ -141,7 +141,7 @@ def _replay_all(options: ReplayOptions, bags: Sequence[Path], tell: Callable[[st
 
 
 class Policies:
-    """The checkpoints of the options, loaded once. A fresh policy for each bag, so that none depends on another."""
+    """The checkpoints of the options, loaded once: their noise depends on seed and stamp, not on the bags before."""
 
     def __init__(self, options: ReplayOptions) -> None:
         use_threads(options.threads)
