@@ -145,6 +145,12 @@ def test_what_cannot_begin_ends_with_2_and_a_sentence(setting: SimpleNamespace, 
         result = call(setting, tmp_path / 'out', *arguments, bags=bags)
         assert result.exit_code == 2 and words in result.stderr, (arguments, result.stderr)
         assert not list((tmp_path / 'out').iterdir() if (tmp_path / 'out').exists() else [])
+    cut = Path(shutil.copytree(setting.bag, tmp_path / 'cut'))
+    storage = next(cut.glob('*.mcap'))
+    storage.write_bytes(storage.read_bytes()[:900])
+    for live, words in ((cut, 'whose chunks are to be compared, is damaged'), (setting.bag, 'has no topic of type')):
+        compared = call(setting, tmp_path / 'out', '--live', live)
+        assert compared.exit_code == 2 and words in compared.stderr and not list((tmp_path / 'out').iterdir())
     kept = call(setting, tmp_path / 'mine')
     assert kept.exit_code == 2 and 'was not written by a replay' in kept.stderr
     assert (tmp_path / 'mine' / 'bag' / 'notes.txt').is_file()

@@ -221,7 +221,10 @@ def _write(options: ReplayOptions, episode: BagEpisode, policies: Policies, fold
 
 
 def _reproduced(episode: BagEpisode, policy: Policy, live: Path) -> dict[str, Any]:
-    chunks = recorded_chunks(live)
+    try:
+        chunks = recorded_chunks(live)
+    except DamagedBag as error:
+        raise ValueError(f'{live}, whose chunks are to be compared, is damaged ({error}): record it anew') from error
     made = reproduce(episode, policy.infer, chunks).to_dict()
     return {**made, 'of_another_checkpoint': foreign(chunks, policy.checkpoint_hash, policy.stats_hash)}
 
