@@ -427,6 +427,13 @@ class PolicyRuntime:
             self._astray = False
         return commanded
 
+    def robot_at(self) -> tuple[NDArray[np.float64], int, str] | None:
+        """Positions ``[A]`` of the action joints, their stamp and who says so: the controllers, or else the measured state."""
+        if self._controller_reference is not None:
+            return *self._controller_reference, 'the reference of the controllers'
+        state = self.inputs.state
+        return None if state is None else (self.robot.action_positions(state[0]), state[1], 'the measured positions')
+
     def _anchor(self, now_ns: int) -> NDArray[np.float64]:
         state = self.inputs.state
         if state is None:

@@ -80,6 +80,11 @@ class ActionChunk:
     checkpoint_hash: str = ''
     stats_hash: str = ''
 
+    @property
+    def times_ns(self) -> NDArray[np.int64]:
+        """Time of each action, ``[T]``."""
+        return self.stamp_ns + self.dt_ns * np.arange(len(self.actions), dtype=np.int64)
+
 
 @dataclass(frozen=True)
 class KnownActions:

@@ -235,7 +235,7 @@ def _replayed(
     commands = episode.commands
 
     def error_of(chunk: ActionChunk) -> float | None:
-        sampled = commands.sample(metrics.action_times(chunk))
+        sampled = commands.sample(chunk.times_ns)
         known = ~(sampled.early | sampled.is_pad)
         return float(np.abs(chunk.actions - sampled.positions)[known].mean()) if known.any() else None
 

@@ -58,7 +58,7 @@ def windows_of(run: Run, commands: Commands, robot: Robot) -> Windows:
     kept, actions, truth, counted, start = [], [], [], [], []
     for replayed in run.chunks:
         chunk = replayed.chunk
-        sampled = commands.sample(action_times(chunk))
+        sampled = commands.sample(chunk.times_ns)
         known = ~(sampled.early | sampled.is_pad)
         if not known.any() or not np.isfinite(chunk.actions).all():
             continue
@@ -75,11 +75,6 @@ def windows_of(run: Run, commands: Commands, robot: Robot) -> Windows:
         np.array(counted, dtype=np.bool_).reshape(-1, horizon),
         np.array(start).reshape(-1, width),
     )
-
-
-def action_times(chunk: ActionChunk) -> NDArray[np.int64]:
-    """Time of each action, int64 ``[T]`` ns."""
-    return chunk.stamp_ns + chunk.dt_ns * np.arange(len(chunk.actions), dtype=np.int64)
 
 
 def accuracy(windows: Windows, commands: Commands, robot: Robot) -> dict[str, Any] | None:
@@ -152,7 +147,7 @@ def takeover_ns(replayed: ReplayedChunk) -> int:
 
 def path_at(chunk: ActionChunk, times_ns: NDArray[np.int64]) -> Array:
     """The path through the actions of a chunk ``[K, A]``: linear between two, NaN before the first and after the last."""
-    knots = action_times(chunk)
+    knots = chunk.times_ns
     offsets, grid = (times_ns - knots[0]).astype(np.float64), (knots - knots[0]).astype(np.float64)
     found = np.stack([np.interp(offsets, grid, column) for column in chunk.actions.T], axis=1)
     found[(times_ns < knots[0]) | (times_ns > knots[-1])] = np.nan

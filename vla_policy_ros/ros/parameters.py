@@ -54,6 +54,12 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter('torch_threads', 1, 'CPU threads of torch.', (1, 256)),
     Parameter('replan_rate', 5.0, 'New action chunks wanted, Hz.', (0.1, 50.0), 'any time'),
     Parameter('dry_run', False, 'Plan and preview, but send nothing to the controllers.', None, 'while inactive'),
+    Parameter(
+        'shadow_window',
+        30.0,
+        'In dry run, chunks of the last so many seconds are compared with what the robot did: row `shadow` of /diagnostics. 0 is off.',
+        (0.0, 600.0),
+    ),
     Parameter('max_inference_time', 2.0, 'An inference that takes longer is reported as a stall, s.', (0.05, 600.0), 'any time'),
     Parameter(
         'stop_policy',

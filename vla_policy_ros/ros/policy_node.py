@@ -34,6 +34,7 @@ from vla_policy_ros.control.commanded import CommandedMotion
 from vla_policy_ros.control.limits import JointLimits
 from vla_policy_ros.control.planner import Emission, TrajectoryPlanner
 from vla_policy_ros.control.workspace import Workspace
+from vla_policy_ros.episodes.shadow import Shadow
 from vla_policy_ros.observation.instruction import InstructionError, clean_instruction
 from vla_policy_ros.policy.executor import PolicyExecutor
 from vla_policy_ros.resources import robot_path
@@ -69,6 +70,7 @@ class PolicyNode(LifecycleNode):
         self._loop_services: list[Any] = []
         self._outputs: Outputs | None = None
         self._check: ControllerCheck | None = None
+        self._shadow: Shadow | None = None
         self._emission: Emission | None = None
         self._autostarting = self._activated = False
         self.fault = ''
@@ -186,6 +188,7 @@ class PolicyNode(LifecycleNode):
         self._outputs = Outputs(self, robot, self._emission, self._commanded, self.now_ns, self._log.tell)
         self._check = ControllerCheck(self, robot, self._emission, self._check_mode, lambda: self._is_running, self._on_controllers)
         self._inputs = Inputs(self, robot, self.runtime, self.now_ns, self._log)
+        self._shadow = Shadow(robot, values['shadow_window']) if values['shadow_window'] else None
         self._loop_timers = [
             self.create_timer(1.0 / settings.replan_rate, self._tick),
             self.create_timer(_WATCH_PERIOD_S, self._watch),
@@ -214,6 +217,7 @@ class PolicyNode(LifecycleNode):
         if self._policy is not None:
             self._policy.close()
         self._inputs, self._loop_timers, self._loop_services = None, [], []
+        self._shadow = None
         self._outputs, self._check, self._activated, self._autostarting, self.refusal = None, None, False, False, ''
         self.runtime, self._policy, self._executor_thread = None, None, None
         gc.unfreeze()
@@ -267,6 +271,8 @@ class PolicyNode(LifecycleNode):
         if self.runtime is None or self._inputs is None or self._outputs is None:
             return
         self.runtime.watch(self.now_ns())
+        if self._shadow is not None and self.runtime.settings.dry_run and (at := self.runtime.robot_at()) is not None:
+            self._shadow.robot_at(*at)
         for name, stream in self._outputs.streams.items():
             if stream.held is not None:
                 self._inputs.put_held(name, stream.held, self.now_ns())
@@ -336,6 +342,8 @@ class PolicyNode(LifecycleNode):
     def on_chunk(self, report: ChunkReport) -> None:
         """Listener of the runtime: the chunk with its provenance."""
         self._chunk_publisher.publish(to_chunk(report))
+        if self._shadow is not None and not report.actuated:
+            self._shadow.answered(report.chunk)
 
     def on_state(self, state: State, reason: str) -> None:
         """Listener of the runtime: tell the operator at once."""
@@ -361,7 +369,8 @@ class PolicyNode(LifecycleNode):
             message.reason = clock_problem or self.refusal or message.reason
         self._status_publisher.publish(message)
         hardware_id = '' if self.runtime is None else self.runtime.robot.name
-        self._diagnostics_publisher.publish(status.diagnostics(message, self.get_fully_qualified_name(), hardware_id))
+        shadow = None if self._shadow is None else self._shadow.score()
+        self._diagnostics_publisher.publish(status.diagnostics(message, self.get_fully_qualified_name(), hardware_id, shadow))
 
 
 def main(args: list[str] | None = None) -> None:

@@ -8,6 +8,7 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from std_msgs.msg import Header
 
 from vla_policy_msgs.msg import PolicyStatus
+from vla_policy_ros.episodes.shadow import ShadowScore
 from vla_policy_ros.ros.messages import to_input_status, to_time
 from vla_policy_ros.runtime import PolicyRuntime, State
 
@@ -83,8 +84,8 @@ def unconfigured_status(now_ns: int, lifecycle_state: str, fault: str) -> Policy
     )
 
 
-def diagnostics(status: PolicyStatus, node_name: str, hardware_id: str) -> DiagnosticArray:
-    """The same as diagnostic_msgs: one row for the policy, one per input."""
+def diagnostics(status: PolicyStatus, node_name: str, hardware_id: str, shadow: ShadowScore | None = None) -> DiagnosticArray:
+    """The same as diagnostic_msgs: one row for the policy, one per input, and one for what a policy in dry run would be worth."""
     fields = (
         'lifecycle_state', 'dry_run', 'instruction', 'replan_rate', 'chunk_rate', 'observations', 'chunks',
         'trajectories_published', 'trajectories_rejected', 'trajectories_not_accepted', 'requests_skipped', 'latency_p50_ms',
@@ -114,4 +115,28 @@ def diagnostics(status: PolicyStatus, node_name: str, hardware_id: str) -> Diagn
                 ],
             )
         )
+    if shadow is not None:
+        rows.append(_shadow_row(shadow, node_name, hardware_id))
     return DiagnosticArray(header=status.header, status=rows)
+
+
+def _shadow_row(shadow: ShadowScore, node_name: str, hardware_id: str) -> DiagnosticStatus:
+    values = {
+        'compared_with': shadow.source,
+        'window_s': f'{shadow.window_s:g}',
+        'chunks': str(shadow.chunks),
+        'mae': f'{shadow.error.mae:.6f}',
+        'rmse': f'{shadow.error.rmse:.6f}',
+        'hold_rmse': f'{shadow.hold.rmse:.6f}',
+        'first_step_rmse': f'{shadow.error.step_rmse[0]:.6f}',
+        'last_step_rmse': f'{shadow.error.step_rmse[-1]:.6f}',
+        'worst_joint': shadow.joint,
+        'worst_joint_rmse': f'{shadow.error.joint_rmse.max():.6f}',
+    }
+    return DiagnosticStatus(
+        level=DiagnosticStatus.WARN if shadow.worse_than_hold else DiagnosticStatus.OK,
+        name=f'{node_name}: shadow',
+        message=('worse than standing still: ' if shadow.worse_than_hold else '') + shadow.sentence,
+        hardware_id=hardware_id,
+        values=[KeyValue(key=key, value=value) for key, value in values.items()],
+    )

@@ -14,7 +14,6 @@ from vla_policy_ros.model.processing import MapAnythingLlava3DProcessor
 from vla_policy_ros.robot import Robot
 from vla_policy_ros.training.config import ExampleFileData, TabletopData, TrainingConfig
 from vla_policy_ros.training.dataset import ExampleSet
-from vla_policy_ros.training.recorded import open_recorded
 from vla_policy_ros.training.recorded_config import RecordedData
 from vla_policy_ros.training.scenes import ExampleScenes, SceneDataset
 from vla_policy_ros.training.tabletop import SAMPLING, tabletop_examples, validation_examples
@@ -56,6 +55,9 @@ def _example_files(data: ExampleFileData, run: Path, robot: Robot, processor: Ma
 
 
 def _episodes(data: RecordedData, run: Path, robot: Robot, processor: MapAnythingLlava3DProcessor) -> TrainingData:
+    # Bags, video and tables, which a machine that trains in simulation need not have.
+    from vla_policy_ros.training.recorded import open_recorded
+
     return TrainingData(*open_recorded(data, robot, processor, lambda line: print(line, flush=True)))
 
 
