@@ -40,8 +40,8 @@ bench: setup  ## measure what each stage costs on this machine
 	@$(RUN) python benchmarks/stages.py $(ARGS)
 
 # Well over an hour: each part goes on where an interrupt left it.
-checkpoint: setup  ## train the shipped checkpoint from nothing, into runs/tabletop/checkpoint
-	@$(RUN) export OMP_NUM_THREADS=1; vla-policy train tabletop_perception && vla-policy train tabletop
+checkpoint: setup  ## train the shipped checkpoint from nothing, into runs/tabletop_push/checkpoint
+	@$(RUN) export OMP_NUM_THREADS=1; vla-policy train tabletop_perception && vla-policy train tabletop && vla-policy train tabletop_push
 
 colcon: setup  ## build both packages as on a robot, into install/
 	@PYTHON="$(PYTHON)" .ci/setup.sh colcon

@@ -41,6 +41,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     'runtime': (BELOW_RUNTIME, {'numpy'}),
     'ros': ({'bags', 'episodes', 'runtime', *BELOW_RUNTIME, 'resources'}, {'numpy', 'cv2', 'av', 'rosbags', *ROS}),
     'bags': ({'control', 'types'}, {'numpy', 'rosbags'}),
+    'replay/ray_cluster': (set(), {'ray'}),  # optional, on demand
     'replay': ({'bags', 'episodes', 'runtime', *BELOW_RUNTIME, 'resources'}, {'numpy', 'cv2', 'rosbags', 'matplotlib'}),
     'episodes/sim_recording': ({'sim', 'episodes', 'robot', 'types'}, {'numpy'}),  # the simulator as a robot that can be recorded
     'episodes': ({'bags', 'runtime', 'observation', 'control', 'robot', 'strict_yaml', 'types'}, EPISODE_LIBRARIES),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -60,6 +60,26 @@ def _training_libraries() -> Iterator[None]:
     except ImportError as error:
         typer.echo(f'{error}: pip install -r requirements/training.txt', err=True)
         raise typer.Exit(2) from error
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
+    """Lines for the operator on standard error and, on a terminal, a bar under them: ``tell(line)`` and ``progress(done, of)``."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda line: typer.echo(line, err=True), lambda done, of: None
+        return
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+
+        def progress(done: int, of: int) -> None:
+            bar.update(task, completed=done, total=of)
+
+        yield lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True), progress
 
 
 @app.command()
@@ -429,6 +449,7 @@ def replay(
     live: Annotated[Path | None, typer.Option(help='A bag with the chunks of a live node that saw this bag: compared.')] = None,
     jobs: Annotated[int, typer.Option(min=1, help='Processes that share the bags.')] = 1,
     threads: Annotated[int, typer.Option(min=1, help='Threads of torch, per process.')] = 1,
+    ray: Annotated[bool, typer.Option('--ray', help='Share the bags over a Ray cluster; needs requirements/ray.txt.')] = False,
     fail_if: Annotated[list[str] | None, typer.Option(help='"NAME > NUMBER": exit code 1 where it holds. Repeat it.')] = None,
 ) -> None:
     """What a checkpoint would have done in recorded bags, through the code of the live node: reports, before anything moves."""
@@ -453,9 +474,10 @@ def replay(
 
         options = ReplayOptions(
             tuple(bags), resolved, folders[0], out, folders[1] if len(folders) > 1 else None, settings, instruction, steps, solver,
-            annotated, live, threads, jobs, gates,
+            annotated, live, threads, jobs, gates, ray,
         )  # fmt: skip
-        code = run(options, lambda line: typer.echo(line, err=True))
+        with _bar('bags') as (tell, progress):
+            code = run(options, tell, progress)
     raise typer.Exit(code)
 
 
@@ -517,7 +539,7 @@ def evaluate(
     episodes: Annotated[int, typer.Option(help='Per task and variation.')] = 100,
     seed: Annotated[int, typer.Option(help='Which scenes: each seed has its own, none of which training uses.')] = 0,
     choice: Annotated[bool, typer.Option('--choice', help='Scenes for comparing recipes, apart from those of reports.')] = False,
-    executed: Annotated[int, typer.Option(help='Actions of each chunk that are carried out before the next look.')] = 8,
+    executed: Annotated[int, typer.Option(help='Actions of each chunk that are carried out before the next look.')] = 2,
     seconds: Annotated[float | None, typer.Option(help="Simulated length of an episode; else the task's own.")] = None,
     steps: Annotated[int | None, typer.Option(help="Integration steps; else the checkpoint's own.")] = None,
     solver: Annotated[str | None, typer.Option(help="euler, ab2 or midpoint; else the checkpoint's own.")] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import groupby
@@ -69,6 +70,19 @@ def test_the_node_would_ask_at_its_rate_about_the_newest_pictures(episode: BagEp
     assert (asked == 200_000_000).all()
     assert all(chunk.ready_ns == chunk.asked_ns and chunk.outcome == 'planned' for chunk in run.chunks)
     assert [change.state for change in run.states][-1] is State.RUNNING
+
+
+def test_no_more_than_one_decoded_picture_of_a_camera_is_alive(episode: BagEpisode) -> None:
+    pictures: list[weakref.ref[np.ndarray]] = []
+    alive = []
+
+    def infer(observation: Observation, known: KnownActions | None = None) -> ActionChunk:
+        pictures.append(weakref.ref(observation.cameras['top'].rgb))
+        alive.append(sum(picture() is not None for picture in pictures))
+        return perfect(observation, known)
+
+    replayed(episode, infer, latency=120.0)
+    assert len(pictures) > 15 and max(alive) == 1
 
 
 def test_recorded_actions_have_no_error_and_no_seam(episode: BagEpisode) -> None:

@@ -23,6 +23,7 @@ from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 from rosbags.typesys.store import Typestore
 
 from vla_policy_ros.bags import recording as messages
+from vla_policy_ros.bags import ros1
 from vla_policy_ros.bags.mcap_recovery import RecoveredMcap
 from vla_policy_ros.bags.sqlite_recovery import RecoveredSqlite
 from vla_policy_ros.types import NS_PER_S
@@ -59,7 +60,7 @@ class Bag:
     """An open bag. Use it as a context manager.
 
     Args:
-        path: folder of a rosbag2 bag, or one of its storage files.
+        path: folder of a rosbag2 bag, one of its storage files, or a ROS 1 bag (`ros1`).
         salvage: read what is left of a damaged bag. Without it, damage raises `DamagedBag`.
         notes: sentences about what was lost are added here.
 
@@ -75,6 +76,11 @@ class Bag:
     def __init__(self, path: Path, *, salvage: bool = False, notes: list[str] | None = None) -> None:
         if not path.exists():
             raise BagError(f'bag {path} does not exist; give the folder of a rosbag2 bag, or its .mcap or .db3 file')
+        if path.suffix == ros1.SUFFIX and path.is_file():
+            try:
+                path = ros1.as_rosbag2(path)
+            except ValueError as error:
+                raise BagError(str(error)) from error
         self.path = path
         self.salvage = salvage
         self.notes = [] if notes is None else notes

@@ -52,7 +52,7 @@ class LoopSettings:
         probe: what the policy is told falsely.
     """
 
-    executed: int = 8
+    executed: int = 2
     seconds: float | None = None
     probe: Probe = field(default_factory=Probe)
 

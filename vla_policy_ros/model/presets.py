@@ -86,7 +86,7 @@ _TABLETOP: dict[str, Any] = {
         'rms_norm_eps': 1e-5,
         'initializer_range': 0.07,
     },
-    'expert_config': {'hidden_size': 128, 'intermediate_size': 352},
+    'expert_config': {'hidden_size': 128, 'intermediate_size': 352, 'num_inference_steps': 5},
     'fusion_init_std': 0.1,
 }
 

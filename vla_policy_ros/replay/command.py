@@ -4,7 +4,8 @@ Each bag is one unit of work with a folder of its own, ``OUT/NAME``: ``report.js
 ``annotated``. A folder appears when all of it is there. A second call finds finished folders of the same question and goes on with
 the others.
 
-Enters: options. Leaves: folders, lines for the operator, an exit code. Main thread; several bags are shared by processes.
+Enters: options. Leaves: folders, lines for the operator, an exit code. Main thread; several bags are shared by processes, or by the
+machines of a Ray cluster.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -35,6 +36,7 @@ from vla_policy_ros.replay.gate import Gate
 from vla_policy_ros.replay.offline import Look, ReplaySettings, replay
 from vla_policy_ros.replay.page import page
 from vla_policy_ros.replay.pictures import StalePictures, WorstMoments, ideal_calibration
+from vla_policy_ros.replay.ray_cluster import on_ray
 from vla_policy_ros.replay.reproduce import foreign, recorded_chunks, reproduce
 from vla_policy_ros.robot import Robot
 from vla_policy_ros.types import NS_PER_S, ActionChunk
@@ -58,6 +60,7 @@ class ReplayOptions:
         live: a bag with the chunks of a live node that saw the (one) bag: what it was asked is asked again.
         threads: of torch, per process.
         jobs: processes that share the bags.
+        ray: share the bags over the machines of a Ray cluster instead, which must see all the files at the same paths.
         gates: what must hold of every report.
     """
 
@@ -75,6 +78,7 @@ class ReplayOptions:
     threads: int = 1
     jobs: int = 1
     gates: tuple[Gate, ...] = ()
+    ray: bool = False
 
     def folder_of(self, bag: Path) -> Path:
         """Where the report of a bag goes. Storage files named alike lie in different folders."""
@@ -89,7 +93,11 @@ class ReplayOptions:
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
-def run(options: ReplayOptions, tell: Callable[[str], None]) -> int:
+Progress = Callable[[int, int], None]
+"""How many of how many bags are done."""
+
+
+def run(options: ReplayOptions, tell: Callable[[str], None], progress: Progress = lambda done, of: None) -> int:
     """Replay all bags. 0; 1 where a gate does not hold; 2 where a bag cannot be replayed. Finished reports stay in any case.
 
     Raises:
@@ -106,7 +114,7 @@ def run(options: ReplayOptions, tell: Callable[[str], None]) -> int:
     waiting = [bag for bag in options.bags if not _is_done(options, bag)]
     for bag in set(options.bags) - set(waiting):
         tell(f'{bag}: done before, in {options.folder_of(bag)}')
-    problems = _replay_all(options, waiting, tell)
+    problems = _replay_all(options, waiting, tell, progress)
     failed = False
     for bag in options.bags:
         if bag in problems:
@@ -119,25 +127,34 @@ def run(options: ReplayOptions, tell: Callable[[str], None]) -> int:
     return 2 if problems else 1 if failed else 0
 
 
-def _replay_all(options: ReplayOptions, bags: Sequence[Path], tell: Callable[[str], None]) -> dict[Path, str]:
+def _replay_all(
+    options: ReplayOptions, bags: Sequence[Path], tell: Callable[[str], None], progress: Progress
+) -> dict[Path, str]:
     """Problems by bag."""
     problems: dict[Path, str] = {}
-
-    def note(bag: Path, done: int, problem: str | None) -> None:
+    progress(0, len(bags))
+    for done, (bag, problem) in enumerate(_answers(options, bags), start=1):
         if problem is not None:
             problems[bag] = problem
         tell(f'[{done}/{len(bags)}] ' + (problem or f'{bag}: {options.folder_of(bag)}'))
-
-    if options.jobs == 1 or len(bags) < 2:
-        policies = Policies(options)
-        for done, bag in enumerate(bags, start=1):
-            note(bag, done, replay_one(options, bag, policies))
-        return problems
-    with ProcessPoolExecutor(min(options.jobs, len(bags)), get_context('spawn'), _begin, (options,)) as pool:
-        running = {pool.submit(_replay_in_pool, bag): bag for bag in bags}
-        for done, future in enumerate(as_completed(running), start=1):
-            note(running[future], done, future.result())
+        progress(done, len(bags))
     return problems
+
+
+def _answers(options: ReplayOptions, bags: Sequence[Path]) -> Iterator[tuple[Path, str | None]]:
+    """Each bag with its problem, as they are done."""
+    if options.ray and bags:
+        yield from on_ray(_replay_in_process, options, bags, options.threads)
+    elif options.jobs == 1 or len(bags) < 2:
+        policies = Policies(options) if bags else None
+        for bag in bags:
+            assert policies is not None
+            yield bag, replay_one(options, bag, policies)
+    else:
+        with ProcessPoolExecutor(min(options.jobs, len(bags)), get_context('spawn')) as pool:
+            running = {pool.submit(_replay_in_process, options, bag): bag for bag in bags}
+            for future in as_completed(running):
+                yield running[future], future.result()
 
 
 class Policies:
@@ -159,14 +176,12 @@ class Policies:
 _of_process: Policies | None = None
 
 
-def _begin(options: ReplayOptions) -> None:
+def _replay_in_process(options: ReplayOptions, bag: Path) -> str | None:
+    """In one of several processes, each of which loads the checkpoints once."""
     global _of_process
-    _of_process = Policies(options)
-
-
-def _replay_in_pool(bag: Path) -> str | None:
-    assert _of_process is not None
-    return replay_one(_of_process.options, bag, _of_process)
+    if _of_process is None or _of_process.options != options:
+        _of_process = Policies(options)
+    return replay_one(options, bag, _of_process)
 
 
 def replay_one(options: ReplayOptions, bag: Path, policies: Policies) -> str | None:

@@ -57,7 +57,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter(
         'shadow_window',
         30.0,
-        'In dry run, chunks of the last so many seconds are compared with what the robot did: row `shadow` of /diagnostics. 0 is off.',
+        'In dry run, chunks of the last so many seconds are compared with what the robot did: row shadow of /diagnostics. 0: off.',
         (0.0, 600.0),
     ),
     Parameter('max_inference_time', 2.0, 'An inference that takes longer is reported as a stall, s.', (0.05, 600.0), 'any time'),
