@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -83,10 +84,15 @@ def _header(stamp_ns: int) -> object:
 
 
 def _picture(frame: int, stamp_ns: int) -> object:
+    return TYPES['sensor_msgs/msg/CompressedImage'](header=_header(stamp_ns), format='jpeg', data=_jpeg(frame % 60))
+
+
+@cache
+def _jpeg(frame: int) -> np.ndarray:
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
     waves = [128 + 100 * np.sin(x / 40 + frame / 7), 128 + 100 * np.sin(y / 30 - frame / 9), np.full(x.shape, frame % 256)]
     _, data = cv2.imencode('.jpg', np.stack(waves, axis=-1).astype(np.uint8))
-    return TYPES['sensor_msgs/msg/CompressedImage'](header=_header(stamp_ns), format='jpeg', data=data.reshape(-1))
+    return data.reshape(-1)
 
 
 def _calibration(stamp_ns: int) -> object:

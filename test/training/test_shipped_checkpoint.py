@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip('mujoco')
 
 from vla_policy_ros.evaluation.closed_loop import LoopSettings
-from vla_policy_ros.evaluation.evaluate import EvaluationOptions, evaluate
+from vla_policy_ros.evaluation.evaluate import ClosedLoopPlayer, EvaluationOptions, evaluate
 from vla_policy_ros.resources import checkpoint_path, robot_path
 
 CHECKPOINT = checkpoint_path('tabletop')
 EPISODES = 20
 
 
-def test_weights_are_small_enough_to_ship() -> None:
-    assert (Path(CHECKPOINT) / 'model.safetensors').stat().st_size < 20_000_000
+@pytest.mark.parametrize('name', ['tabletop', 'tabletop_gripper'])
+def test_weights_are_small_enough_to_ship_and_fit_their_robot(name: str) -> None:
+    folder = checkpoint_path(name)
+    assert (folder / 'model.safetensors').stat().st_size < 20_000_000
+    with ClosedLoopPlayer(EvaluationOptions(folder, robot_path(name))) as player:
+        assert player.policy.summary['num_steps'] == 5
 
 
 @pytest.mark.slow
