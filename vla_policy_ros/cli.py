@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -76,10 +77,8 @@ def _bar(what: str) -> Iterator[tuple[Callable[[str], None], Callable[[int, int]
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=None)
 
-        def progress(done: int, of: int) -> None:
-            bar.update(task, completed=done, total=of)
-
-        yield lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True), progress
+        tell = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+        yield tell, lambda done, of: bar.update(task, completed=done, total=of)
 
 
 @app.command()
@@ -437,6 +436,7 @@ def replay(
     robot: RobotOption,
     out: Annotated[Path, typer.Option(help='Folder for a report of each bag.')] = Path('replay'),
     second: Annotated[str | None, typer.Option(help='A second checkpoint, compared with the first.')] = None,
+    remap: Annotated[list[str] | None, typer.Option(help='OLD:=NEW: what the bag calls OLD is NEW of the robot file.')] = None,
     instruction: Annotated[str | None, typer.Option(help='Instead of what was recorded.')] = None,
     latency: Annotated[str, typer.Option(help='From question to answer: ms, "measured", or a .json file with a list of ms.')] = '0',
     replan_rate: Annotated[float, typer.Option(help="Hz, as the node's parameter.")] = 5.0,
@@ -454,10 +454,10 @@ def replay(
 ) -> None:
     """What a checkpoint would have done in recorded bags, through the code of the live node: reports, before anything moves."""
     from vla_policy_ros.resources import checkpoint_path, robot_path
-    from vla_policy_ros.robot import load_robot
+    from vla_policy_ros.robot import load_robot, remapped
 
     with _sentence_instead_of_traceback(OSError, ValueError):
-        resolved = load_robot(robot_path(robot))
+        resolved = remapped(load_robot(robot_path(robot)), remap or ())
         missing = [str(bag) for bag in bags if not bag.exists()]
         if missing:
             raise ValueError(f'bag {missing[0]} does not exist; give the folder of a rosbag2 bag, or its .mcap or .db3 file')

@@ -10,8 +10,9 @@ Units are REP-103 (rad, m, s) unless a joint is not an angle, in which case its 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -353,6 +354,36 @@ def parse_robot(text: str, source: str = 'robot file', folder: Path | None = Non
     except SchemaError as error:
         raise RobotFileError(str(error)) from error
     return robot if folder is None else _with_paths_from(folder, robot)
+
+
+def remapped(robot: Robot, rules: Sequence[str]) -> Robot:
+    """The robot where a recording has other names of topics: each rule is ``OLD:=NEW`` as `ros2 bag play --remap` has it, NEW being
+    the robot file's name of what was recorded as OLD.
+
+    Raises:
+        RobotFileError: a rule is not of that form, or the robot file has no such topic.
+    """
+    recorded: dict[str, str] = {}
+    for rule in rules:
+        old, sign, new = rule.partition(':=')
+        if not (old and sign and new):
+            raise RobotFileError(f'remap {rule!r} is not of the form OLD:=NEW, such as /cam0/image:=/camera/image')
+        recorded[new] = old
+    met: set[str] = set()
+
+    def renamed(value: Any, key: str = '') -> Any:
+        if isinstance(value, dict):
+            return {name: renamed(inner, name) for name, inner in value.items()}
+        if key not in ('topic', 'camera_info', 'state_topic') or value is None:
+            return value
+        met.add(value)
+        return recorded.get(value, value)
+
+    data = renamed(robot.model_dump(mode='json'))
+    unknown = sorted(set(recorded) - met)
+    if unknown:
+        raise RobotFileError(f'remap: robot {robot.name!r} has no topic {unknown[0]}; it has {", ".join(sorted(met))}')
+    return validate_mapping(data, Robot, 'robot file with remapped topics')
 
 
 def _with_paths_from(folder: Path, robot: Robot) -> Robot:

@@ -97,6 +97,26 @@ def test_the_annotated_bag_is_on_the_clock_of_the_recording(setting: SimpleNames
     assert list(chunk.input_names) == ['camera:top', 'state']
 
 
+def test_topics_of_other_names_are_remapped(setting: SimpleNamespace, tmp_path: Path) -> None:
+    renamed = tmp_path / 'renamed'
+    record(renamed, [(topic.replace('/top', '/cam0'), at, message) for topic, at, message in entries(15)])
+    refused = call(setting, tmp_path / 'out', bags=[renamed])
+    assert refused.exit_code == 2 and '/cam0' in refused.stderr, 'what the bag has is listed'
+    rules = ['--remap', '/cam0:=/top', '--remap', '/cam0/info:=/top/info']
+    done = call(setting, tmp_path / 'out', *rules, bags=[renamed])
+    assert done.exit_code == 0, done.stderr
+    assert call(setting, tmp_path / 'out').exit_code == 0
+    found = [json.loads((tmp_path / 'out' / name / REPORT).read_text())['metrics'] for name in ('bag', 'renamed')]
+    assert found[0]['accuracy'] == found[1]['accuracy'] and found[0]['demands'] == found[1]['demands']
+    assert '/cam0' in json.dumps(found[1]['health']), 'reasons name the topics of the bag'
+
+
+@pytest.mark.parametrize(('rule', 'words'), [('/cam0', 'not of the form'), ('/cam0:=/tip', 'no topic /tip; it has /arm')])
+def test_a_rule_that_means_nothing_is_refused(setting: SimpleNamespace, tmp_path: Path, rule: str, words: str) -> None:
+    refused = call(setting, tmp_path / 'out', '--remap', rule)
+    assert refused.exit_code == 2 and words in refused.stderr and not (tmp_path / 'out').exists()
+
+
 def test_a_gate_that_does_not_hold_ends_with_1(setting: SimpleNamespace, tmp_path: Path) -> None:
     failed = call(setting, tmp_path, '--fail-if', 'chunks > 3', '--fail-if', 'mae < 0')
     assert failed.exit_code == 1 and 'fails: chunks is' in failed.stderr and 'mae' not in failed.stderr
