@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def write_bag(path: Path, robot: Robot, frames: int) -> Path:
-    """JPEG pictures with calibration, joint states at 50 Hz, and a command for every action period."""
+    """JPEG pictures with calibration, and joint states at 50 Hz, which are also what chunks are compared with."""
     with Writer(path, version=9, storage_plugin=StoragePlugin.MCAP) as writer:
         links: dict[str, tuple[object, str]] = {}
 

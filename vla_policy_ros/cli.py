@@ -430,7 +430,7 @@ def open_loop(
 
 @app.command()
 def replay(
-    bags: Annotated[list[Path], typer.Argument(help='Bags: folders, or their .mcap or .db3 files.')],
+    bags: Annotated[list[Path], typer.Argument(help='Bags: folders, their .mcap or .db3 files, or ROS 1 bags.')],
     *,
     checkpoint: Annotated[str, typer.Option(help='Checkpoint: a folder, or the name of a shipped one.')],
     robot: RobotOption,

@@ -383,7 +383,10 @@ def remapped(robot: Robot, rules: Sequence[str]) -> Robot:
     unknown = sorted(set(recorded) - met)
     if unknown:
         raise RobotFileError(f'remap: robot {robot.name!r} has no topic {unknown[0]}; it has {", ".join(sorted(met))}')
-    return validate_mapping(data, Robot, 'robot file with remapped topics')
+    try:
+        return validate_mapping(data, Robot, 'robot file with remapped topics')
+    except SchemaError as error:
+        raise RobotFileError(str(error)) from error
 
 
 def _with_paths_from(folder: Path, robot: Robot) -> Robot:

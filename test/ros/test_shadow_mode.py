@@ -10,29 +10,17 @@ import pytest
 rclpy = pytest.importorskip('rclpy')
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus  # noqa: E402
+from episode_recordings import REFERENCE, ROBOT  # noqa: E402
 from fake_robot import FakeRobot  # noqa: E402
 from rclpy.lifecycle import TransitionCallbackReturn  # noqa: E402
 from sensor_msgs.msg import JointState  # noqa: E402
 
 from vla_policy_ros.policy import new_checkpoint  # noqa: E402
-from vla_policy_ros.robot import parse_robot  # noqa: E402
 from vla_policy_ros.ros import qos  # noqa: E402
 from vla_policy_ros.ros.messages import to_time  # noqa: E402
 
 pytestmark = pytest.mark.dds
 
-ROBOT = parse_robot("""
-name: toy
-cameras:
-  left: {topic: /left, camera_info: /left/info}
-state: {topic: /joint_states, joints: [a, b]}
-action: {joints: [a, b], period: 0.1, horizon: 4}
-limits:
-  a: {position: [-1, 1], velocity: 1, acceleration: 4}
-  b: {position: [-1, 1], velocity: 1, acceleration: 4}
-controllers:
-  arm: {topic: /arm/joint_trajectory, state_topic: /arm/controller_state, joints: [a, b]}
-""")
 OFFSET = np.array([0.3, -0.4])
 
 
@@ -69,7 +57,7 @@ def test_the_rolling_error_is_told_in_diagnostics_and_nothing_is_sent(ros_domain
         assert robot.statuses[-1].trajectories_published == 0
 
         # What the controller says it commands counts more than what is measured.
-        states = robot.node.create_publisher(JointState, '/arm/controller_state', qos.STATE)
+        states = robot.node.create_publisher(JointState, REFERENCE, qos.STATE)
 
         def report() -> None:
             message = JointState(name=['a', 'b'], position=(robot.positions + OFFSET).tolist())
