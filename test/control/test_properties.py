@@ -107,6 +107,10 @@ def test_ten_thousand_random_timelines_send_only_what_a_controller_executes_with
     one_case(tools, seed)
 
 
+def test_a_path_along_the_very_limit_leaves_room_to_brake_on_the_grid(tools: Any) -> None:
+    one_case(tools, 12_400_206_923_346)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_wider_limits_never_refuse_what_narrower_ones_execute(tools: Any, seed: int) -> None:

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from vla_policy_ros.control.check import violation
 from vla_policy_ros.control.chunk_path import ChunkPath, EarlierPath, EnsemblePath, JoinedPath, Path
 from vla_policy_ros.control.commanded import CommandedMotion
-from vla_policy_ros.control.follower import Follower, Knots
+from vla_policy_ros.control.follower import Follower, Knots, stopping_distance
 from vla_policy_ros.control.limits import JointLimits
 from vla_policy_ros.control.smoothing import Smoother
 from vla_policy_ros.control.workspace import Band, Workspace, fit_inside
@@ -400,7 +400,9 @@ class TrajectoryPlanner:
     def _exceeds(self, trajectory: JointTrajectory, follower: Follower, seam_ns: int, strictly: bool = False) -> str | None:
         """The limit that the part after the seam exceeds, or None. What was commanded before is given, and its speed is.
 
-        ``strictly`` allows no rounding and only the usable part of the velocity limit: for a path that nothing has bent.
+        ``strictly`` is for a path that nothing has bent: it allows no rounding and only the usable part of the velocity limit, and
+        wants room for a stop at every knot. Braking on the grid takes a little longer than the curve that a path may follow to the
+        very limit, and a next plan may have to brake from there.
         """
         first = int(np.searchsorted(trajectory.times_ns, seam_ns - trajectory.start_ns))
         usable = np.maximum(self._speed if strictly else self.limits.velocity, np.abs(trajectory.velocities[first]))
@@ -412,7 +414,13 @@ class TrajectoryPlanner:
             trajectory.positions[first:],
             trajectory.velocities[first:],
         )
-        return violation(new, reachable, 1e-10) if strictly else violation(new, reachable)
+        if not strictly:
+            return violation(new, reachable)
+        stops = new.positions + stopping_distance(new.velocities, self.limits.acceleration, self.emission.knot_spacing_ns * 1e-9)
+        without_room = np.any((stops < follower.lower - 1e-10) | (stops > follower.upper + 1e-10), axis=0)
+        if without_room.any():
+            return f'joint {self.limits.names[int(np.argmax(without_room))]!r} could not stop inside its position limits'
+        return violation(new, reachable, 1e-10)
 
     def _inside_workspace(
         self,
