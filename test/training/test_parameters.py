@@ -32,7 +32,7 @@ def data() -> ExampleSet:
 def objective(folder: Path, **sections: Any) -> Objective:
     options = config(folder, **sections)
     model = new_model(tabletop_robot(), 'tiny', changes=options.network)
-    made = Objective(model, options.losses.model_dump(), 2, 0)
+    made = Objective(model, options.losses.weights(), 2, 0, options.losses.grounding_layer)
     choose_trainable(made, options)
     return made
 
@@ -138,6 +138,21 @@ def test_nothing_to_train_is_refused(tmp_path: Path) -> None:
         config(tmp_path, freeze={'language': True}, **LORA)
     with pytest.raises(ValueError, match='frozen_dtype bfloat16 needs precision bfloat16'):
         config(tmp_path, frozen_dtype='bfloat16', precision='float32')
+
+
+def test_grounding_looks_at_the_layer_it_is_told(data: ExampleSet, tmp_path: Path) -> None:
+    """Gradients of the loss alone end at the layer that is asked; layers above it have none."""
+    moved = {}
+    for layer in (0, -1):
+        losses = {'flow': 0.0, 'grounding': 1.0, 'grounding_layer': layer}
+        trainer = make_trainer(tabletop_robot(), data, tmp_path / str(layer), losses=losses, precision='float32')
+        batch = with_draws(trainer.collate([trainer.scenes[Draw(1, 1)]]), trainer.model.action_expert, 2)
+        trainer.objective(batch)['loss'].backward()
+        moved[layer] = trainer.objective.get_parameter('model.language_model.model.layers.0.mlp.up_proj.weight').grad
+    assert moved[0] is None or not moved[0].any()
+    assert moved[-1] is not None and moved[-1].any()
+    with pytest.raises(ValueError, match=r'losses.grounding_layer is 7; the network has the language layers 0 to 1'):
+        objective(tmp_path, losses={'grounding_layer': 7})
 
 
 def test_examples_without_labels_are_refused_by_a_loss_that_needs_them(data: ExampleSet, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from vla_policy_ros.robot import Robot
 from vla_policy_ros.sim.expert import ArmKinematics
 from vla_policy_ros.sim.mjcf import FINGER_JOINTS, JOINT_NAMES
-from vla_policy_ros.sim.scene import COLOURS, SHAPES
+from vla_policy_ros.sim.scene import COLOURS, SHAPES, UNNAMED
 from vla_policy_ros.sim.tasks import TASKS, Episode, Task, TaskState
 from vla_policy_ros.sim.world import TabletopWorld
 from vla_policy_ros.types import NS_PER_S, CameraView, Observation
@@ -36,7 +36,7 @@ PUSH_SIZE = 0.06
 WOBBLE_SIZE = 0.012
 DEPTH_SIZE = (64, 48)
 
-MIX: dict[str, float] = {'reach': 0.5, 'reach_any': 0.1, 'push': 0.4, 'pick': 0.5, 'place': 0.5}
+MIX: dict[str, float] = {'reach': 0.5, 'reach_any': 0.1, 'push': 0.4, 'pick': 0.5, 'place': 0.5, 'reach_shape': 0.0}
 """Shares of the tasks among training scenes, of those that the robot can do."""
 
 # A tool that the expert moves by less than this in a period, m, has arrived; so long may it stand in between, periods.
@@ -81,8 +81,8 @@ class SceneLabels:
     """What the simulator knows about the pictures of one scene; the examples of the scene share it.
 
     Attributes:
-        kinds: int64 ``[objects, 2]``, indices of colour (in `scene.COLOURS`) and shape (in `LABELLED_SHAPES`). The last object is
-            the zone; in a scene without one it is seen nowhere.
+        kinds: int64 ``[objects, 2]``, indices of colour (in `scene.COLOURS`, -1 where it has no name) and shape (in
+            `LABELLED_SHAPES`). The last object is the zone; in a scene without one it is seen nowhere.
         pixels: camera name to float64 ``[objects, 2]``, pixel ``(u, v)`` of each object's centre, NaN where the camera does not see
             it there.
         points: float64 ``[objects, 3]``, centres of the objects in the frame of the arm's base, m.
@@ -229,11 +229,12 @@ def _target_pixels(world: TabletopWorld, camera: str, episode: Episode) -> tuple
 
 def _labels(world: TabletopWorld, cameras: tuple[str, ...]) -> SceneLabels:
     slots, zone = range(len(world.objects)), world.scene.zone
-    colours, nowhere = list(COLOURS), (np.nan, np.nan)
-    kinds = [[colours.index(spec.colour), LABELLED_SHAPES.index(spec.shape)] for spec in world.objects]
+    nowhere = (np.nan, np.nan)
+    word_of = {UNNAMED: -1} | {colour: index for index, colour in enumerate(COLOURS)}
+    kinds = [[word_of[spec.colour], LABELLED_SHAPES.index(spec.shape)] for spec in world.objects]
     seen = {name: [world.visible_pixel(name, slot) for slot in slots] + [world.visible_zone(name)] for name in cameras}
     return SceneLabels(
-        kinds=np.array([*kinds, [0 if zone is None else colours.index(zone.colour), LABELLED_SHAPES.index('zone')]]),
+        kinds=np.array([*kinds, [0 if zone is None else word_of[zone.colour], LABELLED_SHAPES.index('zone')]]),
         pixels={name: np.array([pixel or nowhere for pixel in pixels]) for name, pixels in seen.items()},
         points=np.stack([*map(world.object_position, slots), np.full(3, np.nan) if zone is None else world.zone_position()]),
         depth={name: world.render_depth(name, *DEPTH_SIZE) for name in cameras},

@@ -126,9 +126,9 @@ def step_towards(
     return stepped
 
 
-def funnel(position: NDArray[np.float64], goal: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Way ``[3]`` from the tool to where it should head: a point above the goal while far, the goal itself when near."""
+def funnel(position: NDArray[np.float64], goal: NDArray[np.float64], radius: float = ARRIVAL_RADIUS) -> NDArray[np.float64]:
+    """Way ``[3]`` from the tool to where it should head: a point above the goal, or the goal itself within ``radius`` (m)."""
     offset = goal - position
     remaining = float(np.hypot(offset[0], offset[1]))
-    offset[2] += min(TRAVEL_CLEARANCE, max(0.0, remaining - ARRIVAL_RADIUS))
+    offset[2] += min(TRAVEL_CLEARANCE, max(0.0, remaining - radius))
     return offset

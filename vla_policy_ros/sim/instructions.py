@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vla_policy_ros.sim.scene import COLOURS, SHAPES, ObjectSpec
+from vla_policy_ros.sim.scene import COLOURS, SHAPES, UNNAMED, ObjectSpec
 
 TEMPLATES = (
     'reach the {}',
@@ -62,7 +62,7 @@ class Target:
 def can_name(target: ObjectSpec, objects: Sequence[ObjectSpec], naming: str) -> bool:
     """Whether ``naming`` (``full``, ``colour`` or ``shape``) tells ``target`` from the others. ``any`` always does."""
     if naming == 'colour':
-        return sum(spec.colour == target.colour for spec in objects) == 1
+        return target.colour != UNNAMED and sum(spec.colour == target.colour for spec in objects) == 1
     if naming == 'shape':
         return sum(spec.shape == target.shape for spec in objects) == 1
     return True

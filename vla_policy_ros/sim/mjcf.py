@@ -127,7 +127,7 @@ def tabletop_xml(arm_only: bool = False, gripper: bool = False) -> str:
     return f"""
 <mujoco model="tabletop">
   <compiler angle="radian" autolimits="true"/>
-  <option timestep="{TIMESTEP}" integrator="implicitfast" cone="elliptic">
+  <option timestep="{TIMESTEP}" integrator="implicitfast" cone="elliptic" impratio="{3 if gripper else 1}">
     <flag midphase="disable" nativeccd="enable"/>
   </option>
   <statistic extent="1" center=".3 0 .2"/>

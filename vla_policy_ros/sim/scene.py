@@ -12,6 +12,7 @@ Enters: a seed and a variation. Leaves: an immutable `Scene`. Any thread. Frames
 
 from __future__ import annotations
 
+import colorsys
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,8 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 }
 SHAPES = ('cube', 'ball', 'cylinder')
 HELD_OUT_KINDS = (('green', 'ball'), ('yellow', 'cylinder'))
+UNNAMED = ''
+"""Colour word of an object whose colour has no name; its tint is its colour."""
 
 HOME = np.array([0.0, -0.35, 0.0, -2.25, 0.0, 1.9, 0.785])
 HOME_SPREAD = 0.12
@@ -46,6 +49,9 @@ CAMERA_SHIFT = 0.04
 CAMERA_TILT = 0.8
 TINT = 0.06
 
+# How far, of a full circle, the hue of a colour without a name stays from those that the shape is never seen in.
+_HUE_DISTANCE = 0.11
+
 _BASE_SIZES = {'cube': (0.027, 0.027, 0.027), 'ball': (0.031, 0.0, 0.0), 'cylinder': (0.024, 0.042, 0.0)}
 _NOMINAL_CAMERA = np.array([1.00, -0.34, 0.62])
 _CAMERA_LOOKS_AT = np.array([0.46, 0.0, 0.09])
@@ -54,7 +60,7 @@ _TABLE_TONE = np.array([0.64, 0.60, 0.55])
 
 @dataclass(frozen=True)
 class Variation:
-    """How a scene departs from the nominal one. Objects and start pose depend on the seed and the first five fields only.
+    """How a scene departs from the nominal one. Objects and start pose depend on the seed and the first six fields only.
 
     Attributes:
         kinds: ``trained``, or ``held_out``: the first object is of a kind that ordinary scenes never show.
@@ -62,6 +68,7 @@ class Variation:
         twins: the second object is of the first one's kind, so that a sentence may fit both.
         zone: a coloured disc is painted on the table, clear of the objects, and two objects or all of them are cubes, which can
             be pushed: balls roll and cylinders fall.
+        unnamed_colours: the objects are a cube, a ball and a cylinder of colours without a name, none near a held-out kind.
         graspable: all objects are small enough for the gripper, whichever way it takes them.
         camera: ``nominal``, ``jitter`` (position uniform within CAMERA_SHIFT m per axis, axes tilted by CAMERA_TILT degrees, one
             standard deviation) or ``shifted`` (position uniform within ``camera_shift`` m per axis, nothing else).
@@ -73,6 +80,7 @@ class Variation:
     shared_colour: bool | None = None
     twins: bool = False
     zone: bool = False
+    unnamed_colours: bool = False
     graspable: bool = False
     camera: str = 'nominal'
     camera_shift: float = 0.025
@@ -81,6 +89,8 @@ class Variation:
     def __post_init__(self) -> None:
         if self.kinds not in ('trained', 'held_out'):
             raise ValueError(f'kinds is {self.kinds!r}; it must be trained or held_out')
+        if self.unnamed_colours and (self.kinds != 'trained' or self.twins or self.zone or self.shared_colour is not None):
+            raise ValueError('unnamed_colours goes with no other wish for the kinds of the objects')
         if self.camera not in ('nominal', 'jitter', 'shifted'):
             raise ValueError(f'camera is {self.camera!r}; it must be nominal, jitter or shifted')
         if not 0.0 <= self.camera_shift <= 0.2:
@@ -107,8 +117,8 @@ class ObjectSpec:
 
     @property
     def name(self) -> str:
-        """``'red cube'``: unique within a scene without twins."""
-        return f'{self.colour} {self.shape}'
+        """``'red cube'``: unique within a scene without twins; ``'cube'`` where the colour is unnamed."""
+        return self.shape if self.colour == UNNAMED else f'{self.colour} {self.shape}'
 
     @property
     def size(self) -> tuple[float, float, float]:
@@ -124,7 +134,8 @@ class ObjectSpec:
     @property
     def rgb(self) -> tuple[float, float, float]:
         """Its colour as it is drawn."""
-        red, green, blue = (min(1.0, max(0.0, base + shift)) for base, shift in zip(COLOURS[self.colour], self.tint, strict=True))
+        nominal = COLOURS.get(self.colour, (0.0, 0.0, 0.0))
+        red, green, blue = (min(1.0, max(0.0, base + shift)) for base, shift in zip(nominal, self.tint, strict=True))
         return (red, green, blue)
 
 
@@ -182,7 +193,7 @@ def sample_scene(seed: int, variation: Variation = NOMINAL) -> Scene:
             float(y),
             float(rng.uniform(-np.pi / 4, np.pi / 4)),
             float(rng.uniform(*(GRASPABLE_SCALES if variation.graspable else SCALES))),
-            _tint(surroundings) if variation.surroundings else (0.0, 0.0, 0.0),
+            _tint(surroundings, variation, colour, shape),
         )
         for (colour, shape), (x, y) in zip(pairs, _places(rng), strict=True)
     )
@@ -205,9 +216,22 @@ def sample_scene(seed: int, variation: Variation = NOMINAL) -> Scene:
     return Scene(seed, objects, start, fovy, position, axes, light, (red, green, blue), zone)
 
 
-def _tint(rng: np.random.Generator) -> tuple[float, float, float]:
+def _tint(rng: np.random.Generator, variation: Variation, colour: str, shape: str) -> tuple[float, float, float]:
+    if colour == UNNAMED:
+        return _unnamed_colour(rng, shape)
+    if not variation.surroundings:
+        return (0.0, 0.0, 0.0)
     red, green, blue = (float(part) for part in rng.uniform(-TINT, TINT, size=3))
     return (red, green, blue)
+
+
+def _unnamed_colour(rng: np.random.Generator, shape: str) -> tuple[float, float, float]:
+    """RGB of any hue but those of the colours in which ``shape`` is held out."""
+    avoided = [colorsys.rgb_to_hsv(*COLOURS[colour])[0] for colour, held_out in HELD_OUT_KINDS if held_out == shape]
+    while True:
+        hue = float(rng.uniform())
+        if all(abs((hue - other + 0.5) % 1.0 - 0.5) > _HUE_DISTANCE for other in avoided):
+            return colorsys.hsv_to_rgb(hue, float(rng.uniform(0.2, 1.0)), float(rng.uniform(0.3, 1.0)))
 
 
 def _camera(rng: np.random.Generator, variation: Variation) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -231,6 +255,8 @@ def look_at(position: NDArray[np.float64], target: NDArray[np.float64]) -> NDArr
 
 def _kinds(rng: np.random.Generator, variation: Variation) -> list[tuple[str, str]]:
     """Colour and shape of every slot: no two alike (but twins), held-out kinds only where they are asked for."""
+    if variation.unnamed_colours:
+        return [(UNNAMED, str(shape)) for shape in rng.permutation(SHAPES)]
     while True:
         colours = [str(c) for c in rng.permutation(list(COLOURS))[:OBJECT_SLOTS]]
         shapes = [str(s) for s in rng.choice(SHAPES, size=OBJECT_SLOTS)]

@@ -105,7 +105,15 @@ class Losses(Section):
 
     flow: float = Field(1.0, ge=0.0, description='Flow matching. 0, with losses.perception alone, trains only the towers.')
     grounding: float = Field(0.2, ge=0.0, description='Patch and offset of the named object; needs labelled examples.')
+    grounding_layer: int = Field(
+        -1,
+        description='Language layer whose input `grounding` looks at; -1 is the last. The expert reads the answer from there on.',
+    )
     perception: float = Field(0.0, ge=0.0, description='What lies where and how far away, from the pictures; needs a simulator.')
+
+    def weights(self) -> dict[str, float]:
+        """Name of each loss to its weight."""
+        return {'flow': self.flow, 'grounding': self.grounding, 'perception': self.perception}
 
     @model_validator(mode='after')
     def _something_to_learn(self) -> Losses:

@@ -105,7 +105,8 @@ def ways(config: TrainingConfig, network: MapAnythingLlava3DConfig) -> list[Way]
 def _on_meta(config: TrainingConfig, network: MapAnythingLlava3DConfig) -> Objective:
     with torch.device('meta'):
         model = MapAnythingLlava3DForConditionalGeneration(network)
-        objective = Objective(model, config.losses.model_dump(), config.optimisation.repeats, config.seed)
+        losses = config.losses
+        objective = Objective(model, losses.weights(), config.optimisation.repeats, config.seed, losses.grounding_layer)
         choose_trainable(objective, config)
     return objective
 

@@ -32,8 +32,8 @@ class Seen:
 
     Attributes:
         image_tokens: fused image tokens of each scene, before any word is read, ``[M, V, N, D]``.
-        prefix_tokens: the same positions of each example as the last language layer receives them, ``[B, V, N, D]``; None where
-            only the pictures are looked at.
+        prefix_tokens: the same positions of each example as a language layer receives them, ``[B, V, N, D]``; None where only the
+            pictures are looked at.
     """
 
     image_tokens: Tensor
@@ -106,12 +106,20 @@ class Objective(nn.Module):
             the prefix, only the towers run.
         repeats: (noise, time) draws per prefix.
         seed: of the heads' fresh weights.
+        layer: the language layer whose input the losses of the prefix look at; negative ones count from the last.
+
+    Raises:
+        ValueError: there is no such layer.
     """
 
     def __init__(
-        self, model: MapAnythingLlava3DForConditionalGeneration, weights: dict[str, float], repeats: int, seed: int
+        self, model: MapAnythingLlava3DForConditionalGeneration, weights: dict[str, float], repeats: int, seed: int, layer: int = -1
     ) -> None:
         super().__init__()
+        layers = model.config.text_config.num_hidden_layers
+        if not -layers <= layer < layers:
+            raise ValueError(f'losses.grounding_layer is {layer}; the network has the language layers 0 to {layers - 1}')
+        self.layer = layer
         self.model, self.repeats = model, repeats
         self.flow = weights['flow']
         self.weights = {name: weight for name, weight in weights.items() if weight > 0.0 and name != 'flow'}
@@ -147,7 +155,7 @@ class Objective(nn.Module):
                 repeats=self.repeats,
                 output_hidden_states=bool(self.heads),
             )
-            loss, hidden = self.flow * output.loss, output.hidden_states[-1] if self.heads else None
+            loss, hidden = self.flow * output.loss, output.hidden_states[self.layer] if self.heads else None
             measured = {'flow': output.loss.detach(), **_flow_measurements(output.flow)}
         if self.heads:
             seen = self._seen(batch, features, hidden)

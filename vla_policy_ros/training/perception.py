@@ -48,7 +48,7 @@ class PerceptionHead(nn.Module):
 
         Args:
             tokens: ``[B, V, N, D]``.
-            kinds: long ``[B, O, 2]``, colour and shape.
+            kinds: long ``[B, O, 2]``, colour and shape; -1 where there is no word.
             pixels: ``[B, V, O, 2]`` in pixels of the model's images, NaN where not seen.
             points: ``[B, V, O, 3]`` in the base frame, m, NaN where not asked for.
             depth: ``[B, V, side, side]``, m, NaN where unknown.
@@ -59,7 +59,10 @@ class PerceptionHead(nn.Module):
         colour, shape = kinds[:, None].expand(*cell.shape, 2)[seen].unbind(-1)
         placed = torch.isfinite(points[seen]).all(dim=-1)
         origin = points.new_tensor(POINT_ORIGIN)
-        answers = {'colour': (self.colour(at), colour), 'shape': (self.shape(at), shape)}
+        answers = {
+            name: (head(at[label >= 0]), label[label >= 0])
+            for name, head, label in (('colour', self.colour, colour), ('shape', self.shape, shape))
+        }
         losses = {name: _mean(F.cross_entropy(logits, label, reduction='none')) for name, (logits, label) in answers.items()}
         losses |= {
             'centre': self._centre_loss(tokens, cell, seen),

@@ -22,7 +22,7 @@ SHARD_EXAMPLES = 6000
 SHARDS_PER_SEED = 20_000
 VALIDATION_SHARD = 10_000
 """Shards from here on belong to no seed's training examples; a count that would reach them is refused."""
-GENERATOR_VERSION = 2
+GENERATOR_VERSION = 3
 """Raise it with every change of what the simulator draws or its experts do: files of an older version are then made again."""
 
 

@@ -91,7 +91,7 @@ class Trainer:
             )
         self.plan = StepPlan(len(scenes), options.scenes_per_step, config.seed)
         self.collate = Collator(processor)
-        self.objective = Objective(model, config.losses.model_dump(), options.repeats, config.seed)
+        self.objective = Objective(model, config.losses.weights(), options.repeats, config.seed, config.losses.grounding_layer)
         self.objective.check_labels(self.collate([scenes[Draw(0, 0)]]))
         choose_trainable(self.objective, config)
         if self.parallel.device.type == 'cpu':

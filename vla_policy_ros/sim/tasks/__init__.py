@@ -6,9 +6,9 @@ Enters: a task's name, a seed, conditions. Leaves: episodes, expert steps and ou
 from vla_policy_ros.sim.tasks.base import TRAINING, Conditions, Episode, Outcome, Task, TaskState
 from vla_policy_ros.sim.tasks.pick import Pick, Place
 from vla_policy_ros.sim.tasks.push import Push
-from vla_policy_ros.sim.tasks.reach import Reach, ReachAny
+from vla_policy_ros.sim.tasks.reach import Reach, ReachAny, ReachShape
 
-TASKS: dict[str, Task] = {task.name: task for task in (Reach(), ReachAny(), Push(), Pick(), Place())}
+TASKS: dict[str, Task] = {task.name: task for task in (Reach(), ReachAny(), ReachShape(), Push(), Pick(), Place())}
 """All tasks by name."""
 
 __all__ = ['TASKS', 'TRAINING', 'Conditions', 'Episode', 'Outcome', 'Task', 'TaskState']

@@ -32,15 +32,19 @@ HELD_OUT_PLACE_TEMPLATES = ('take the {} to the {} circle', 'please put the {} d
 FINGER_LENGTH = 0.033
 """How deep the fingers reach round an object before the hand touches it, m."""
 SQUEEZE = 0.010
-AROUND = 0.012
-CENTRED = 0.004
 SLIPPED = 0.022
-AT_HEIGHT = 0.005
+CENTRED = {'cube': 0.010, 'cylinder': 0.010, 'ball': 0.005}
+"""How far from an object's axis, and above the height to take it at, the fingers may close, m; a ball slips out of worse grasps."""
+AROUND = 0.008
+"""How much further from the axis the fingers still stop at the object, m."""
+HELD = 0.03
+"""How far from the tool an object is at most that fingers which cannot close any further hold, m; others lie far away."""
 GRASPED = 0.002
 LIFTED = 0.06
 LIFT_HEIGHT = 0.14
 SLOW = 0.20
-ON_ZONE = 0.012
+ON_ZONE = 0.018
+AT_HEIGHT = 0.008
 PLACED = 0.04
 _EPISODE = 7
 
@@ -71,7 +75,7 @@ class Pick:
         slot = episode.targets[0]
         spec, centre = episode.scene.objects[slot], state.objects[slot]
         tool, _ = kinematics.place(state.q)
-        holds = _around(tool, centre, spec) and state.finger < _half_width(spec) + GRASPED
+        holds = _around(tool, centre, spec, HELD) and state.finger < _half_width(spec) + GRASPED
         if holds:
             way, target = self._carry(tool, episode.scene, spec)
         elif self._finished(centre, spec, episode.scene):
@@ -111,7 +115,7 @@ class Pick:
         before, _ = kinematics.place(state.q)
         after, _ = kinematics.place(q)
         objects = state.objects.copy()
-        stop = _half_width(spec) if _around(before, objects[slot], spec) else 0.0
+        stop = _half_width(spec) if _around(before, objects[slot], spec, CENTRED[spec.shape] + AROUND) else 0.0
         finger = max(stop, target)
         if holds and target < _half_width(spec):
             objects[slot] = objects[slot] + after - before
@@ -154,7 +158,7 @@ class Place(Pick):
         # Up before along, and along before down: the height to travel at grows with the distance that is left.
         height = min(LIFT_HEIGHT, down + max(0.0, remaining - ON_ZONE) * 2.0)
         climb = height - tool[2]
-        along = to_zone if climb < 0.03 else to_zone * 0.1
+        along = to_zone * min(1.0, max(0.1, (0.045 - climb) / 0.03))
         return np.array([*along, climb]), closed
 
     def _finished(self, centre: NDArray[np.float64], spec: ObjectSpec, scene: Scene) -> bool:
@@ -172,10 +176,10 @@ def _grasp_height(spec: ObjectSpec) -> float:
     return max(0.012, 2 * spec.half_height - FINGER_LENGTH)
 
 
-def _around(tool: NDArray[np.float64], centre: NDArray[np.float64], spec: ObjectSpec) -> bool:
+def _around(tool: NDArray[np.float64], centre: NDArray[np.float64], spec: ObjectSpec, within: float) -> bool:
     """Whether the object is between the fingers, wherever both are."""
     height = tool[2] - (centre[2] - spec.half_height)
-    return float(np.hypot(*(tool[:2] - centre[:2]))) < AROUND and height < _grasp_height(spec) + SLIPPED
+    return float(np.hypot(*(tool[:2] - centre[:2]))) < within and height < _grasp_height(spec) + SLIPPED
 
 
 def _approach(
@@ -183,7 +187,8 @@ def _approach(
 ) -> tuple[NDArray[np.float64], float]:
     """Way for an empty hand, and what the fingers are told."""
     goal = np.array([*centre[:2], _grasp_height(spec)])
-    if float(np.hypot(*(tool[:2] - centre[:2]))) < CENTRED and tool[2] < goal[2] + AT_HEIGHT:
+    close = CENTRED[spec.shape]
+    if float(np.hypot(*(tool[:2] - centre[:2]))) < close and tool[2] < goal[2] + close:
         return goal - tool, _half_width(spec) - SQUEEZE
     return funnel(tool, goal), FINGER_OPEN
 

@@ -29,11 +29,16 @@ HELD_OUT_TEMPLATES = (
     'take the {} and push it into the {} zone',
 )
 
-TOOL_HEIGHT = 0.032
+TOOL_HEIGHT = 0.025
 TOOL_RADIUS = 0.015
-BEHIND = 0.03
-LINE_WIDTH = 0.02
-LOW = 0.055
+BEHIND = 0.045
+FLOOR_RADIUS = 0.03
+CARROT = 0.1
+LOW = (0.038, 0.05)
+LINE = (0.01, 0.035)
+NEAR = (BEHIND + 0.02, BEHIND + 0.04)
+PRESSED = (0.015, 0.025)
+"""Height, distance from the line and from the object, m, up to which the tool drives forward, and from which it goes back."""
 ARRIVED = 0.012
 FINGERS = 0.005
 """Distance of each finger of a gripper from the middle, m: nearly closed, so that no finger comes down on a cube."""
@@ -113,22 +118,32 @@ def _contact(spec: ObjectSpec) -> float:
 
 
 def _way(tool: NDArray[np.float64], centre: NDArray[np.float64], spec: ObjectSpec, zone: Zone) -> tuple[NDArray[np.float64], float]:
-    """Way ``[3]`` for the tool, and its speed limit, m/s."""
+    """Way ``[3]`` for the tool, and its speed limit, m/s.
+
+    Two ways, to the place behind the object and forward with it, and a share of each that changes little from one centimetre to
+    the next: who sees the scene a little wrong, as a policy does, still does nearly the right thing.
+    """
     to_zone = np.array([zone.x, zone.y]) - centre[:2]
     remaining = float(np.linalg.norm(to_zone))
     if remaining < ARRIVED:
         return np.array([0.0, 0.0, max(0.0, 2 * spec.half_height + 0.03 - tool[2])]), MAX_TOOL_SPEED
     ahead = to_zone / remaining
     relative = tool[:2] - centre[:2]
-    along = float(relative @ ahead)
-    beside = relative - along * ahead
-    reach = _contact(spec)
-    on_line = float(np.linalg.norm(beside)) < LINE_WIDTH
-    if tool[2] < LOW and on_line and -(reach + BEHIND + 0.03) < along < 0.0:
-        forward = max(0.0, -reach - along) + remaining
-        return np.array([*(ahead * forward - _STEERING * beside), TOOL_HEIGHT - tool[2]]), PUSH_SPEED
-    behind = centre[:2] - ahead * (reach + BEHIND)
-    return funnel(tool, np.array([*behind, TOOL_HEIGHT])), MAX_TOOL_SPEED
+    beside = relative - float(relative @ ahead) * ahead
+    gap = -float(relative @ ahead) - _contact(spec)
+    behind = centre[:2] - ahead * (_contact(spec) + BEHIND)
+    back = funnel(tool, np.array([*behind, TOOL_HEIGHT]), FLOOR_RADIUS)
+    forward = min(max(0.0, gap) + remaining, CARROT) * ahead - _STEERING * beside
+    drive = np.array([*forward, TOOL_HEIGHT - tool[2]])
+    share = (
+        _falling(tool[2], *LOW) * _falling(float(np.linalg.norm(beside)), *LINE) * _falling(gap, *NEAR) * _falling(-gap, *PRESSED)
+    )
+    return share * drive + (1.0 - share) * back, share * PUSH_SPEED + (1.0 - share) * MAX_TOOL_SPEED
+
+
+def _falling(value: float, low: float, high: float) -> float:
+    """1 up to ``low``, 0 from ``high`` on."""
+    return min(1.0, max(0.0, (high - value) / (high - low)))
 
 
 def _turn(heading: NDArray[np.float64], ahead: NDArray[np.float64], most: float) -> float:

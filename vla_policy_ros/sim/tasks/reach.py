@@ -98,3 +98,25 @@ class ReachAny(Reach):
     def _twins(self, scene: Scene, rng: np.random.Generator, conditions: Conditions) -> Episode:
         episode = self._episode(scene, 0, rng, replace(conditions, naming='full'))
         return replace(episode, targets=tuple(int(slot) for slot in rng.permutation(2)))
+
+
+class ReachShape(Reach):
+    """Reach the object of the named shape; all three have colours that no word names.
+
+    In training it takes away the habit of telling a shape by the colours that it was seen in.
+    """
+
+    name = 'reach_shape'
+
+    def sample(self, seed: int, conditions: Conditions) -> Episode:
+        asked = conditions.scene
+        if conditions.naming not in ('any', 'shape') or asked.kinds == 'held_out' or asked.shared_colour is not None:
+            raise ValueError('reach_shape names its objects by their shape, and their colours have no names; leave both alone')
+        scene = sample_scene(seed, replace(conditions.scene, unnamed_colours=True))
+        rng = np.random.default_rng([seed, _EPISODE])
+        return self._episode(scene, int(rng.integers(len(scene.objects))), rng, replace(conditions, naming='shape'))
+
+    def training_episodes(self, seed: int) -> list[Episode]:
+        scene = sample_scene(seed, replace(TRAINING.scene, unnamed_colours=True))
+        rng = np.random.default_rng([seed, _EPISODE])
+        return [self._episode(scene, int(slot), rng, TRAINING) for slot in rng.permutation(len(scene.objects))]
