@@ -101,10 +101,7 @@ class ReachAny(Reach):
 
 
 class ReachShape(Reach):
-    """Reach the object of the named shape; all three have colours that no word names.
-
-    In training it takes away the habit of telling a shape by the colours that it was seen in.
-    """
+    """Reach the object of the named shape; all three have colours that no word names."""
 
     name = 'reach_shape'
 
