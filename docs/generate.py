@@ -29,6 +29,7 @@ from vla_policy_ros.training.config import (
     Optimisation,
     TabletopData,
     TrainingConfig,
+    VisitedData,
 )
 from vla_policy_ros.training.recorded_config import Augmentation, RecordedData
 
@@ -50,6 +51,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
 TRAINING_SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ('Top level', TrainingConfig),
     ('`data` with `source: tabletop`', TabletopData),
+    ('`data.visited` with `source: tabletop`', VisitedData),
     ('`data` with `source: episodes`', RecordedData),
     ('`data.mapping`', DatasetMapping),
     ('`data.augmentation`', Augmentation),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,12 @@ import torch
 from squares import example_set, samples
 
 from vla_policy_ros.model.configuration import ActionExpertConfig
-from vla_policy_ros.policy.checkpoint import new_model, new_processor
+from vla_policy_ros.policy.checkpoint import new_checkpoint, new_model, new_processor
 from vla_policy_ros.robot import load_robot
 from vla_policy_ros.training.baselines import unconditional_loss, zero_velocity_loss
 from vla_policy_ros.training.dataset import ExampleSet
 from vla_policy_ros.training.grounding import GroundingHead
-from vla_policy_ros.training.tabletop import SHARDS_PER_SEED, VALIDATION_SHARD, tabletop_examples
+from vla_policy_ros.training.tabletop import SHARDS_PER_SEED, VALIDATION_SHARD, VISITED_SHARD, ExampleMaker
 
 ROBOT = Path(__file__).resolve().parents[2] / 'config' / 'robots' / 'tabletop.yaml'
 
@@ -88,20 +90,41 @@ def test_grounding_finds_the_patch_that_holds_the_pixel() -> None:
 
 
 def test_no_training_seed_has_the_scenes_of_another_or_of_the_validation() -> None:
-    assert SHARDS_PER_SEED > VALIDATION_SHARD
+    assert SHARDS_PER_SEED > VISITED_SHARD > VALIDATION_SHARD
+    most = SHARDS_PER_SEED - VISITED_SHARD
+    blocks = [range(VALIDATION_SHARD, VALIDATION_SHARD + 1)]
     for seed in range(4):
         first = seed * SHARDS_PER_SEED
-        assert not first <= VALIDATION_SHARD < first + VALIDATION_SHARD
+        blocks += [range(first, first + most), range(first + VISITED_SHARD, first + VISITED_SHARD + most)]
+    ends = sorted((block.start, block.stop) for block in blocks)
+    assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(ends))
 
 
-def test_example_files_are_named_after_what_they_depend_on(tmp_path: Path) -> None:
+@pytest.fixture(scope='module')
+def maker(tmp_path_factory: pytest.TempPathFactory) -> ExampleMaker:
     robot = load_robot(ROBOT)
-    processor = new_processor(robot, 'tiny', new_model(robot, 'tiny').config)
-    slower = robot.model_copy(update={'action': robot.action.model_copy(update={'period': 0.2})})
-    tabletop_examples(robot, processor, 3, tmp_path)
-    tabletop_examples(robot, processor, 3, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 1, 'the second call reads what the first one made'
-    tabletop_examples(slower, processor, 3, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
+    return ExampleMaker(robot, new_processor(robot, 'tiny', new_model(robot, 'tiny').config), tmp_path_factory.mktemp('examples'))
+
+
+def test_example_files_are_named_after_what_they_depend_on(maker: ExampleMaker) -> None:
+    action = maker.robot.action.model_copy(update={'period': 0.2})
+    files = len(list(maker.cache.iterdir()))
+    maker.training(3)
+    maker.training(3)
+    assert len(list(maker.cache.iterdir())) == files + 1, 'the second call reads what the first one made'
+    replace(maker, robot=maker.robot.model_copy(update={'action': action})).training(3)
+    assert len(list(maker.cache.iterdir())) == files + 2
     with pytest.raises(ValueError, match='examples of one seed'):
-        tabletop_examples(robot, processor, 10**9, tmp_path)
+        maker.training(10**9)
+
+
+def test_examples_from_where_a_policy_leads_belong_to_that_policy(maker: ExampleMaker, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        new_checkpoint(maker.robot, 'tiny', tmp_path / str(seed), seed=seed)
+        visited = replace(maker, visited_by=tmp_path / str(seed))
+        before = set(maker.cache.iterdir())
+        found = visited.training(7)
+        (file,) = set(maker.cache.iterdir()) - before
+        assert f'_{VISITED_SHARD}_7_' in file.name
+        assert len(found) == 7 and torch.equal(visited.training(7).state, found.state) and found.actions.isfinite().all()
+        assert set(maker.cache.iterdir()) == before | {file}

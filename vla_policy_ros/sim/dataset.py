@@ -11,7 +11,7 @@ Enters: a robot file, a seed. Leaves: `Example`s in the live node's `Observation
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -169,9 +169,7 @@ def check_task(task: Task, robot: Robot) -> None:
 
 def _stream(robot: Robot, seed: int, count: int, sampling: Sampling) -> Iterator[Example]:
     world, kinematics = TabletopWorld(gripper=has_gripper(robot)), ArmKinematics()
-    mix = MIX if sampling.mix is None else sampling.mix
-    shares = {name: share for name, share in mix.items() if has_gripper(robot) or not TASKS[name].needs_gripper}
-    made = 0
+    shares, made = task_shares(robot, sampling.mix), 0
     try:
         for scene in range(count):
             scene_id = SCENE_SEED_BASE + seed * SCENES_PER_SEED + scene
@@ -185,20 +183,50 @@ def _stream(robot: Robot, seed: int, count: int, sampling: Sampling) -> Iterator
 
 
 def _scene_examples(
-    world: TabletopWorld, kinematics: ArmKinematics, robot: Robot, shares: dict[str, float], sampling: Sampling, scene_id: int
+    world: TabletopWorld, kinematics: ArmKinematics, robot: Robot, shares: Mapping[str, float], sampling: Sampling, scene_id: int
 ) -> Iterator[Example]:
     rng = np.random.default_rng([scene_id, 1])
-    share = np.array(list(shares.values()))
-    task = TASKS[str(rng.choice(list(shares), p=share / share.sum()))]
-    episodes = task.training_episodes(scene_id)
+    episodes, taken = draw_episodes(shares, sampling.strays, scene_id, rng)
     world.reset_to(episodes[0].scene)
-    start = TaskState(episodes[0].scene.start, np.stack([world.object_position(slot) for slot in range(len(world.objects))]))
-    taken = episodes[0]
-    if sampling.strays > 0.0 and rng.random() < sampling.strays:
-        taken = episodes[int(rng.integers(len(episodes)))]
+    start = TaskState(episodes[0].scene.start, object_places(world))
     state, velocity = _state_on_noisy_path(taken, kinematics, start, robot.action.period, sampling.arrived, rng)
     world.put_objects(state.objects)
     world.set_arm(state.q, state.finger)
+    yield from examples_at(world, kinematics, robot, episodes, state, velocity, rng, scene_id)
+
+
+def task_shares(robot: Robot, mix: Mapping[str, float] | None) -> dict[str, float]:
+    """The shares of ``mix`` (None is `MIX`) that the robot can do."""
+    able = has_gripper(robot)
+    return {name: share for name, share in (MIX if mix is None else mix).items() if able or not TASKS[name].needs_gripper}
+
+
+def draw_episodes(
+    shares: Mapping[str, float], strays: float, scene_id: int, rng: np.random.Generator
+) -> tuple[list[Episode], Episode]:
+    """What there is to do in a scene, and the one of it whose path the state lies on."""
+    share = np.array(list(shares.values()))
+    episodes = TASKS[str(rng.choice(list(shares), p=share / share.sum()))].training_episodes(scene_id)
+    stray = strays > 0.0 and rng.random() < strays
+    return episodes, episodes[int(rng.integers(len(episodes)))] if stray else episodes[0]
+
+
+def object_places(world: TabletopWorld) -> NDArray[np.float64]:
+    """Centres of the objects as they lie now, ``[slots, 3]`` m."""
+    return np.stack([world.object_position(slot) for slot in range(len(world.objects))])
+
+
+def examples_at(
+    world: TabletopWorld,
+    kinematics: ArmKinematics,
+    robot: Robot,
+    episodes: Sequence[Episode],
+    state: TaskState,
+    velocity: NDArray[np.float64],
+    rng: np.random.Generator,
+    scene_id: int,
+) -> Iterator[Example]:
+    """An example for each episode, of the world as it is; ``state`` and the joint velocities ``[7]`` describe it to the expert."""
     cameras = {name: _view(world, name) for name in robot.camera_names}
     labels = _labels(world, robot.camera_names)
     # The fingers' noise is drawn last, so that the arm's does not depend on whether there is a gripper.
@@ -210,7 +238,7 @@ def _scene_examples(
     for episode in episodes:
         yield Example(
             observation=Observation(NS_PER_S, cameras, vector, NS_PER_S, episode.instruction),
-            actions=_chunk(TASKS[episode.task], kinematics, state, episode, robot)[:, columns],
+            actions=expert_actions(kinematics, state, episode, robot)[:, columns],
             target_pixels={name: _target_pixels(world, name, episode) for name in robot.camera_names},
             scene_id=scene_id,
             labels=labels,
@@ -242,9 +270,9 @@ def _labels(world: TabletopWorld, cameras: tuple[str, ...]) -> SceneLabels:
     )
 
 
-def _chunk(task: Task, kinematics: ArmKinematics, state: TaskState, episode: Episode, robot: Robot) -> NDArray[np.float64]:
+def expert_actions(kinematics: ArmKinematics, state: TaskState, episode: Episode, robot: Robot) -> NDArray[np.float64]:
     """The expert's next targets ``[T, 8]``, the fingers' last."""
-    rows = []
+    task, rows = TASKS[episode.task], []
     for _ in range(robot.action.horizon):
         state = task.step(kinematics, state, episode, robot.action.period)
         rows.append(np.append(state.q, state.finger_target))

@@ -49,8 +49,9 @@ CAMERA_SHIFT = 0.04
 CAMERA_TILT = 0.8
 TINT = 0.06
 
-# How far, of a full circle, the hue of a colour without a name stays from those that the shape is never seen in.
-_HUE_DISTANCE = 0.11
+# How far, of a full circle, the hue of a colour without a name stays from those of held-out kinds. Whatever the shape: if only
+# the held-out one stayed away, the gap would teach that nothing of that colour has that shape.
+_HUE_DISTANCE = 0.04
 
 _BASE_SIZES = {'cube': (0.027, 0.027, 0.027), 'ball': (0.031, 0.0, 0.0), 'cylinder': (0.024, 0.042, 0.0)}
 _NOMINAL_CAMERA = np.array([1.00, -0.34, 0.62])
@@ -68,7 +69,7 @@ class Variation:
         twins: the second object is of the first one's kind, so that a sentence may fit both.
         zone: a coloured disc is painted on the table, clear of the objects, and two objects or all of them are cubes, which can
             be pushed: balls roll and cylinders fall.
-        unnamed_colours: the objects are a cube, a ball and a cylinder of colours without a name, none near a held-out kind.
+        unnamed_colours: the objects are a cube, a ball and a cylinder of colours without a name, none near that of a held-out kind.
         graspable: all objects are small enough for the gripper, whichever way it takes them.
         camera: ``nominal``, ``jitter`` (position uniform within CAMERA_SHIFT m per axis, axes tilted by CAMERA_TILT degrees, one
             standard deviation) or ``shifted`` (position uniform within ``camera_shift`` m per axis, nothing else).
@@ -193,7 +194,7 @@ def sample_scene(seed: int, variation: Variation = NOMINAL) -> Scene:
             float(y),
             float(rng.uniform(-np.pi / 4, np.pi / 4)),
             float(rng.uniform(*(GRASPABLE_SCALES if variation.graspable else SCALES))),
-            _tint(surroundings, variation, colour, shape),
+            _tint(surroundings, variation, colour),
         )
         for (colour, shape), (x, y) in zip(pairs, _places(rng), strict=True)
     )
@@ -216,18 +217,18 @@ def sample_scene(seed: int, variation: Variation = NOMINAL) -> Scene:
     return Scene(seed, objects, start, fovy, position, axes, light, (red, green, blue), zone)
 
 
-def _tint(rng: np.random.Generator, variation: Variation, colour: str, shape: str) -> tuple[float, float, float]:
+def _tint(rng: np.random.Generator, variation: Variation, colour: str) -> tuple[float, float, float]:
     if colour == UNNAMED:
-        return _unnamed_colour(rng, shape)
+        return _unnamed_colour(rng)
     if not variation.surroundings:
         return (0.0, 0.0, 0.0)
     red, green, blue = (float(part) for part in rng.uniform(-TINT, TINT, size=3))
     return (red, green, blue)
 
 
-def _unnamed_colour(rng: np.random.Generator, shape: str) -> tuple[float, float, float]:
-    """RGB of any hue but those of the colours in which ``shape`` is held out."""
-    avoided = [colorsys.rgb_to_hsv(*COLOURS[colour])[0] for colour, held_out in HELD_OUT_KINDS if held_out == shape]
+def _unnamed_colour(rng: np.random.Generator) -> tuple[float, float, float]:
+    """RGB of any hue but those of the colours that some shape is held out in."""
+    avoided = [colorsys.rgb_to_hsv(*COLOURS[colour])[0] for colour, _ in HELD_OUT_KINDS]
     while True:
         hue = float(rng.uniform())
         if all(abs((hue - other + 0.5) % 1.0 - 0.5) > _HUE_DISTANCE for other in avoided):

@@ -23,6 +23,17 @@ Group = Literal['vision', 'geometry', 'connectors', 'language', 'embeddings', 'e
 Precision = Literal['float32', 'bfloat16']
 
 
+class VisitedData(Section):
+    """More examples, of states that a policy has led to, answered by the expert (DAgger)."""
+
+    by: Path = Field(description='Checkpoint folder of the policy; in a rollout it takes turns with the expert.')
+    examples: int = Field(24_000, gt=0, description='Training examples, beside those of experts.')
+    mix: dict[str, float] | None = Field(None, description='Shares of the tasks among the rollouts. None: all the robot can do.')
+    strays: float = Field(
+        0.0, ge=0.0, le=1.0, description="Share of the rollouts that follow any of a scene's episodes, not the first one."
+    )
+
+
 class TabletopData(Section):
     """Examples of the simulated tabletop, made once and kept in files; a scene brings several examples."""
 
@@ -38,6 +49,7 @@ class TabletopData(Section):
     strays: float = Field(
         0.0, ge=0.0, le=1.0, description="Share of the states on the path of any of a scene's episodes, not on the first one's."
     )
+    visited: VisitedData | None = Field(None, description='Also examples from where a policy leads. None: only those of experts.')
 
 
 class ExampleFileData(Section):

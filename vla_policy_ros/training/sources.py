@@ -16,7 +16,7 @@ from vla_policy_ros.training.config import ExampleFileData, TabletopData, Traini
 from vla_policy_ros.training.dataset import ExampleSet
 from vla_policy_ros.training.recorded_config import RecordedData
 from vla_policy_ros.training.scenes import ExampleScenes, SceneDataset
-from vla_policy_ros.training.tabletop import SAMPLING, tabletop_examples, validation_examples
+from vla_policy_ros.training.tabletop import SAMPLING, ExampleMaker
 
 
 class TrainingData(NamedTuple):
@@ -38,11 +38,14 @@ def open_data(config: TrainingConfig, robot: Robot, processor: MapAnythingLlava3
 def _tabletop(data: TabletopData, run: Path, robot: Robot, processor: MapAnythingLlava3DProcessor) -> TrainingData:
     folder = data.folder or run / 'examples'
     drawn = {name: value for name in SAMPLING if (value := getattr(data, name))}
-    training = tabletop_examples(robot, processor, data.examples, folder, data.seed, drawn)
-    if not data.validation_examples:
-        return TrainingData(ExampleScenes(training), None)
-    held_out = validation_examples(robot, processor, data.validation_examples, folder, drawn)
-    return TrainingData(ExampleScenes(training), ExampleScenes(held_out))
+    by_experts = ExampleMaker(robot, processor, folder, drawn)
+    training = by_experts.training(data.examples, data.seed)
+    if data.visited is not None:
+        drawn = {name: value for name in SAMPLING if (value := getattr(data.visited, name, None))}
+        by_policy = ExampleMaker(robot, processor, folder, drawn, data.visited.by)
+        training = ExampleSet.join([training, by_policy.training(data.visited.examples, data.seed)])
+    held_out = ExampleScenes(by_experts.validation(data.validation_examples)) if data.validation_examples else None
+    return TrainingData(ExampleScenes(training), held_out)
 
 
 def _example_files(data: ExampleFileData, run: Path, robot: Robot, processor: MapAnythingLlava3DProcessor) -> TrainingData:

@@ -31,6 +31,7 @@ class Reach:
     seconds = 4.0
     needs_gripper = False
     needs_zone = False
+    training_scene = TRAINING.scene
 
     def sample(self, seed: int, conditions: Conditions) -> Episode:
         for attempt in range(_SCENES):
@@ -45,7 +46,7 @@ class Reach:
         raise ValueError(f'no scene in {_SCENES} has an object that its {conditions.naming} names; choose other conditions')
 
     def training_episodes(self, seed: int) -> list[Episode]:
-        scene = sample_scene(seed, TRAINING.scene)
+        scene = sample_scene(seed, self.training_scene)
         rng = np.random.default_rng([seed, _EPISODE])
         return [self._episode(scene, int(slot), rng, TRAINING) for slot in rng.permutation(len(scene.objects))]
 
@@ -104,6 +105,7 @@ class ReachShape(Reach):
     """Reach the object of the named shape; all three have colours that no word names."""
 
     name = 'reach_shape'
+    training_scene = replace(TRAINING.scene, unnamed_colours=True)
 
     def sample(self, seed: int, conditions: Conditions) -> Episode:
         asked = conditions.scene
@@ -112,8 +114,3 @@ class ReachShape(Reach):
         scene = sample_scene(seed, replace(conditions.scene, unnamed_colours=True))
         rng = np.random.default_rng([seed, _EPISODE])
         return self._episode(scene, int(rng.integers(len(scene.objects))), rng, replace(conditions, naming='shape'))
-
-    def training_episodes(self, seed: int) -> list[Episode]:
-        scene = sample_scene(seed, replace(TRAINING.scene, unnamed_colours=True))
-        rng = np.random.default_rng([seed, _EPISODE])
-        return [self._episode(scene, int(slot), rng, TRAINING) for slot in rng.permutation(len(scene.objects))]
