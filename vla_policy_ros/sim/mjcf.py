@@ -72,9 +72,10 @@ _ARM = """
     </body>
 """
 
+# Together they are a pusher. Wider apart, they would take the corner of a cube between them, and push it no further.
 _FIXED_FINGERS = """
-                      <geom class="hand" type="box" pos="0 .03 .083" size=".011 .008 .0205" mass=".03"/>
-                      <geom class="hand" type="box" pos="0 -.03 .083" size=".011 .008 .0205" mass=".03"/>
+                      <geom class="hand" type="box" pos="0 .009 .083" size=".011 .008 .0205" mass=".03"/>
+                      <geom class="hand" type="box" pos="0 -.009 .083" size=".011 .008 .0205" mass=".03"/>
 """
 
 # The joint's position is the distance from the middle to the inner face of its finger, as a Franka hand reports it.
@@ -111,7 +112,7 @@ _DRIVES = ((9000, 220, 87), (9000, 220, 87), (7000, 150, 87), (7000, 130, 87), (
 def tabletop_xml(arm_only: bool = False, gripper: bool = False) -> str:
     """The MJCF text. ``arm_only`` leaves out table, objects, scene camera and lights: the model that kinematics needs.
 
-    With a ``gripper`` the two fingers slide, each on its own drive; without, they are fixed 4.4 cm apart.
+    With a ``gripper`` the two fingers slide, each on its own drive; without, they are fixed, nearly closed.
     """
     objects = '' if arm_only else ''.join(_OBJECT.format(slot=slot, x=0.4 + 0.1 * slot) for slot in range(OBJECT_SLOTS))
     drives_of = dict(zip(JOINT_NAMES, _DRIVES, strict=True)) | (dict.fromkeys(FINGER_JOINTS, _FINGER_DRIVE) if gripper else {})

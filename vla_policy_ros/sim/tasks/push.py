@@ -37,7 +37,7 @@ CARROT = 0.1
 LOW = (0.038, 0.05)
 LINE = (0.01, 0.035)
 NEAR = (BEHIND + 0.02, BEHIND + 0.04)
-PRESSED = (0.015, 0.025)
+PRESSED = (0.03, 0.04)
 """Height, distance from the line and from the object, m, up to which the tool drives forward, and from which it goes back."""
 ARRIVED = 0.012
 FINGERS = 0.005
