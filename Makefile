@@ -40,9 +40,9 @@ bench: setup  ## measure what each stage costs on this machine
 	@$(RUN) python benchmarks/stages.py $(ARGS)
 
 # Hours: each part goes on where an interrupt left it. Two processes share the steps of all but the first.
-checkpoint: setup  ## train the shipped checkpoint from nothing, into runs/tabletop_visited/checkpoint
+checkpoint: setup  ## train the shipped checkpoint from nothing, into runs/tabletop_revisited/checkpoint
 	@$(RUN) export OMP_NUM_THREADS=1; vla-policy train tabletop_perception && \
-	for part in tabletop tabletop_push tabletop_visited; do \
+	for part in tabletop tabletop_push tabletop_visited tabletop_revisited; do \
 		torchrun --standalone --nproc-per-node 2 --no-python vla-policy train $$part || exit; \
 	done
 

@@ -24,7 +24,7 @@ VALIDATION_SHARD = 10_000
 """Shards from here on belong to no seed's training examples; a count that would reach them is refused."""
 VISITED_SHARD = 11_000
 """The first shard of a seed that holds states which a policy has visited."""
-GENERATOR_VERSION = 5
+GENERATOR_VERSION = 6
 """Raise it with every change of what the simulator draws or its experts do: files of an older version are then made again."""
 
 SAMPLING = ('mix', 'arrived', 'strays')

@@ -39,7 +39,7 @@ LINE = (0.01, 0.035)
 NEAR = (BEHIND + 0.02, BEHIND + 0.04)
 PRESSED = (0.03, 0.04)
 """Height, distance from the line and from the object, m, up to which the tool drives forward, and from which it goes back."""
-ARRIVED = 0.012
+ARRIVED = 0.028
 FINGERS = 0.005
 """Distance of each finger of a gripper from the middle, m: nearly closed, so that no finger comes down on a cube."""
 PUSH_SPEED = 0.14
