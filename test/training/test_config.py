@@ -10,7 +10,7 @@ import yaml
 from squares import config, settings
 
 from vla_policy_ros.strict_yaml import SchemaError
-from vla_policy_ros.training.config import load_training
+from vla_policy_ros.training.config import TrainingConfig, load_training
 
 
 def written(folder: Path, **sections: Any) -> Path:
@@ -71,3 +71,13 @@ def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
 )
 def test_what_the_result_depends_on_is_the_identity(tmp_path: Path, same: bool, sections: dict[str, Any]) -> None:
     assert (config(tmp_path).identity() == config(tmp_path, **sections).identity()) == same
+
+
+def test_the_policy_whose_states_are_learnt_from_may_move(tmp_path: Path) -> None:
+    """Its weights decide the examples, whose digest a continued run must share; its place does not matter."""
+
+    def identity(by: str, strays: float = 0.0) -> dict[str, Any]:
+        data = {'source': 'tabletop', 'visited': {'by': by, 'strays': strays}}
+        return TrainingConfig.model_validate({**settings(tmp_path), 'data': data}).identity()
+
+    assert identity('here') == identity('there') != identity('there', strays=0.5)

@@ -23,14 +23,15 @@ def test_weights_are_small_enough_to_ship_and_fit_their_robot(name: str) -> None
 
 
 @pytest.mark.slow
-def test_shipped_checkpoint_reaches_the_named_object() -> None:
+@pytest.mark.parametrize(
+    ('task', 'variation', 'least'), [('reach', 'nominal', 0.8), ('reach', 'held_out_kinds', 0.7), ('push', 'nominal', 0.1)]
+)
+def test_shipped_checkpoint_does_what_its_card_says(task: str, variation: str, least: float) -> None:
     """The bounds are far below the numbers of docs/results.md: what breaks them is a mistake, not bad luck."""
     # Other scenes than those of the documents, which are never used to choose anything.
-    found = evaluate(
-        EvaluationOptions(
-            CHECKPOINT, robot_path('tabletop'), episodes=EPISODES, seed=7, purpose='choice', loop=LoopSettings(executed=8)
-        )
+    options = EvaluationOptions(
+        CHECKPOINT, robot_path('tabletop'), (task,), (variation,), EPISODES, seed=7, purpose='choice', loop=LoopSettings(executed=8)
     )
-    reach = found['tasks']['reach']
-    assert reach['success_rate'] >= 0.8, reach
-    assert reach['wrong_object_rate'] <= 0.05, reach
+    found = evaluate(options)['tasks'][task]
+    assert found['success_rate'] >= least, found
+    assert found['wrong_object_rate'] <= 0.1, found

@@ -204,7 +204,8 @@ class TrainingConfig(Section):
 # What may differ between a run and its continuation: where and how often things are written, and how far the run goes.
 _FREE = (
     'run', 'out', 'logging', 'threads', 'workers', 'save_dtype', 'sharding', 'robot', 'start_from', 'transfer_from',
-    'optimisation.steps', 'data.folder', 'data.path', 'data.files', 'data.validation_files', 'data.validation_examples',
+    'optimisation.steps', 'data.folder', 'data.visited.by', 'data.path', 'data.files', 'data.validation_files',
+    'data.validation_examples',
 )  # fmt: skip
 
 
