@@ -21,7 +21,7 @@ from vla_policy_ros.training.dataset import ExampleSet
 SHARD_EXAMPLES = 6000
 SHARDS_PER_SEED = 20_000
 VALIDATION_SHARD = 10_000
-"""Shards from here on belong to no seed's training examples; a count that would reach them is refused."""
+"""The shard of seed 0 that holds the validation examples; no training examples of any seed reach it."""
 VISITED_SHARD = 11_000
 """The first shard of a seed that holds states which a policy has visited."""
 GENERATOR_VERSION = 6
