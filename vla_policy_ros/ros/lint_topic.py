@@ -65,10 +65,9 @@ def listen(topic: str, state_topic: str, seconds: float, tell: Callable[[str], N
     executor = SingleThreadedExecutor(context=context)
     executor.add_node(node)
     try:
-        listener = _Listener(node, topic, state_topic)
+        listener = _Listener(node, topic, state_topic, tell)
         _spin(executor, _DISCOVERY_S, listener.look_around, enough=listener.is_published)
-        clock = 'the time of /clock' if listener.heard.simulated_time else 'the time of day'
-        tell(f'listening to {topic} for {seconds:g} s on {clock}')
+        tell(f'listening to {topic} for {seconds:g} s')
         _spin(executor, seconds, listener.look_around)
         listener.explain_silence()
         return listener.heard
@@ -99,9 +98,9 @@ def _spin(
 class _Listener:
     """Subscriptions to the command topic and to every state that appears."""
 
-    def __init__(self, node: Node, topic: str, state_topic: str) -> None:
+    def __init__(self, node: Node, topic: str, state_topic: str, tell: Callable[[str], None]) -> None:
         self.heard = Heard()
-        self._node, self._topic, self._state_topic = node, topic, state_topic
+        self._node, self._topic, self._state_topic, self._tell = node, topic, state_topic, tell
         self._subscribed: dict[str, Any] = {}
         self._subscriptions = [node.create_subscription(JointTrajectory, topic, self._take_trajectory, _LISTEN)]
 
@@ -120,6 +119,8 @@ class _Listener:
         if not self.heard.simulated_time and self._node.get_publishers_info_by_topic('/clock'):
             self._node.set_parameters([Parameter('use_sim_time', value=True)])
             self.heard.simulated_time = True
+            # Discovery may bring the clock after the commands, thus a line of its own rather than a part of the first one.
+            self._tell('/clock is published: stamps are judged on its time')
 
     def explain_silence(self) -> None:
         """Raises LiveTopicError where nothing was heard, with what there is instead."""
