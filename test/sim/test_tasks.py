@@ -205,3 +205,25 @@ def test_an_expert_who_sees_everything_some_millimetres_wrong_mostly_succeeds(na
             pass
         ends.append(task.measure(world, episode))
     assert sum(end.success for end in ends) >= 6, [(end.failure, round(end.error, 3)) for end in ends]
+
+
+def test_a_push_bears_an_unsteady_hand(world: TabletopWorld) -> None:
+    """A policy's joint targets are some hundredths of a radian off, another way at every look."""
+    task, rng, ends = TASKS['push'], np.random.default_rng(0), []
+
+    class Unsteady:
+        """The task, by a hand that does not go where it should."""
+
+        off = np.zeros(7)
+
+        def step(self, kinematics: ArmKinematics, state: TaskState, episode: Episode, period: float) -> TaskState:
+            self.off = 0.8 * self.off + 0.6 * rng.normal(0.0, 0.02, 7)
+            after = task.step(kinematics, state, episode, period)
+            return replace(after, q=after.q + self.off)
+
+    for seed in range(16):
+        episode = task.sample(seed, Conditions())
+        for _ in play_expert(Unsteady(), episode, world, PERIOD, task.seconds):  # type: ignore[arg-type]
+            pass
+        ends.append(task.measure(world, episode))
+    assert sum(end.success for end in ends) >= 9, [(end.failure, round(end.error, 3)) for end in ends]

@@ -29,20 +29,26 @@ HELD_OUT_TEMPLATES = (
     'take the {} and push it into the {} zone',
 )
 
-TOOL_HEIGHT = 0.025
+TOOL_HEIGHT = 0.018
 TOOL_RADIUS = 0.015
 BEHIND = 0.045
 FLOOR_RADIUS = 0.03
 CARROT = 0.1
 LOW = (0.038, 0.05)
+DESCENT = 0.8
 LINE = (0.01, 0.035)
 NEAR = (BEHIND + 0.02, BEHIND + 0.04)
 PRESSED = (0.03, 0.04)
-"""Height, distance from the line and from the object, m, up to which the tool drives forward, and from which it goes back."""
-ARRIVED = 0.028
+"""Height, distance from the line and from the object, m, up to which the tool drives forward, and from which it goes back; as it
+drives it comes down, so that with every metre of distance it may be `DESCENT` m higher."""
+ARRIVED = 0.035
+ARRIVED_PRESSING = 0.02
+"""Distance of the object from the zone's middle, m, within which it is left there: it is pushed further in than it must lie later."""
+LIFTED = 0.02
+"""Height above the object that the tool then rises to, m: one look at an object that is not there yet brings it back."""
 FINGERS = 0.005
 """Distance of each finger of a gripper from the middle, m: nearly closed, so that no finger comes down on a cube."""
-PUSH_SPEED = 0.14
+PUSH_SPEED = 0.2
 TURN_SPEED = 1.5
 """rad/s: a quicker turn of the hand would leave the rest of the arm no time to travel."""
 SUCCESS_DISTANCE = 0.04
@@ -125,9 +131,7 @@ def _way(tool: NDArray[np.float64], centre: NDArray[np.float64], spec: ObjectSpe
     """
     to_zone = np.array([zone.x, zone.y]) - centre[:2]
     remaining = float(np.linalg.norm(to_zone))
-    if remaining < ARRIVED:
-        return np.array([0.0, 0.0, max(0.0, 2 * spec.half_height + 0.03 - tool[2])]), MAX_TOOL_SPEED
-    ahead = to_zone / remaining
+    ahead = to_zone / max(remaining, 1e-9)
     relative = tool[:2] - centre[:2]
     beside = relative - float(relative @ ahead) * ahead
     gap = -float(relative @ ahead) - _contact(spec)
@@ -135,9 +139,10 @@ def _way(tool: NDArray[np.float64], centre: NDArray[np.float64], spec: ObjectSpe
     back = funnel(tool, np.array([*behind, TOOL_HEIGHT]), FLOOR_RADIUS)
     forward = min(max(0.0, gap) + remaining, CARROT) * ahead - _STEERING * beside
     drive = np.array([*forward, TOOL_HEIGHT - tool[2]])
-    share = (
-        _falling(tool[2], *LOW) * _falling(float(np.linalg.norm(beside)), *LINE) * _falling(gap, *NEAR) * _falling(-gap, *PRESSED)
-    )
+    height = tool[2] - DESCENT * max(0.0, gap)
+    share = _falling(height, *LOW) * _falling(float(np.linalg.norm(beside)), *LINE) * _falling(gap, *NEAR) * _falling(-gap, *PRESSED)
+    if remaining < share * ARRIVED_PRESSING + (1.0 - share) * ARRIVED:
+        return np.array([0.0, 0.0, max(0.0, 2 * spec.half_height + LIFTED - tool[2])]), MAX_TOOL_SPEED
     return share * drive + (1.0 - share) * back, share * PUSH_SPEED + (1.0 - share) * MAX_TOOL_SPEED
 
 
