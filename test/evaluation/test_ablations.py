@@ -18,9 +18,10 @@ from vla_policy_ros.evaluation.ablations.tables import Table, assembled, places,
 from vla_policy_ros.evaluation.evaluate import EvaluationOptions
 from vla_policy_ros.policy import new_checkpoint
 from vla_policy_ros.policy.checkpoint import new_model
-from vla_policy_ros.resources import robot_path
+from vla_policy_ros.resources import checkpoint_path, robot_path, training_path
 from vla_policy_ros.robot import load_robot
 from vla_policy_ros.training.config import load_training
+from vla_policy_ros.training.transfer import transfer_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -209,7 +210,9 @@ class TestTraining:
         changes = [*training.places_of(variant.network, 'network'), *variant.changes]
         settings = load_training(tmp_path / 'config.yaml', changes)
         robot = load_robot(training.robot_file_of(robot_path('tabletop'), variant, tmp_path))
-        config = new_model(robot, 'tabletop', 0, settings.network).config
+        model = new_model(robot, 'tabletop', 0, settings.network)
+        config, groups = model.config, load_training(training_path('tabletop_ablation')).transfer_groups
+        transfer_weights(model, checkpoint_path('tabletop'), groups)  # raises where the shipped training file does not suit it
         for key, value in variant.network.items():
             for inner, wanted in value.items() if isinstance(value, dict) else [('', value)]:
                 assert getattr(getattr(config, key), inner) == wanted if inner else getattr(config, key) == wanted

@@ -208,7 +208,7 @@ def test_an_expert_who_sees_everything_some_millimetres_wrong_mostly_succeeds(na
 
 
 def test_a_push_bears_an_unsteady_hand(world: TabletopWorld) -> None:
-    """A policy's joint targets are some hundredths of a radian off, another way at every look."""
+    """A policy's joint targets are some hundredths of a radian off, and drift from look to look."""
     task, rng, ends = TASKS['push'], np.random.default_rng(0), []
 
     class Unsteady:

@@ -40,3 +40,15 @@ def test_another_size_and_damaged_files_are_refused(donor: Path, tmp_path: Path)
     (tmp_path / 'model.safetensors').write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match='is damaged'):
         transfer_weights(new_model(GRIPPER, 'tiny'), tmp_path)
+
+
+def test_single_groups_go_to_a_network_that_differs_elsewhere(donor: Path) -> None:
+    changes = {'expert_config': {'time_conditioning': 'concat_mlp'}, 'fusion_mode': 'patch_concat'}
+    model, fresh = (new_model(ARM, 'tiny', 1, changes) for _ in range(2))
+    theirs = new_model(ARM, 'tiny', seed=3).state_dict()
+    with pytest.raises(ValueError, match=r'between robots|another kind'):
+        transfer_weights(new_model(ARM, 'tiny', 1, changes), donor)
+    transfer_weights(model, donor, ('vision', 'geometry'))
+    for name, value in model.state_dict().items():
+        taken = name.startswith(('vision_tower.', 'geometry_encoder.'))
+        assert torch.equal(value, theirs[name] if taken else fresh.state_dict()[name]), name

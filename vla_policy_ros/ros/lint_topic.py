@@ -40,12 +40,10 @@ class Heard:
     Attributes:
         trajectories: on the command topic.
         states: topic -> newest state before the first trajectory, or the first one after it.
-        simulated_time: whether the clock is that of ``/clock``.
     """
 
     trajectories: list[tuple[int, Any]] = field(default_factory=list)
     states: dict[str, Any] = field(default_factory=dict)
-    simulated_time: bool = False
 
 
 def listen(topic: str, state_topic: str, seconds: float, tell: Callable[[str], None]) -> Heard:
@@ -102,6 +100,7 @@ class _Listener:
         self.heard = Heard()
         self._node, self._topic, self._state_topic, self._tell = node, topic, state_topic, tell
         self._subscribed: dict[str, Any] = {}
+        self._simulated_time = False
         self._subscriptions = [node.create_subscription(JointTrajectory, topic, self._take_trajectory, _LISTEN)]
 
     def is_published(self) -> bool:
@@ -116,11 +115,13 @@ class _Listener:
             wanted = name == self._state_topic or name.rpartition('/')[2] == 'joint_states'
             if wanted and name not in self._subscribed and kinds[0] in STATE_TYPES:
                 self._subscribe_to_state(name, kinds[0])
-        if not self.heard.simulated_time and self._node.get_publishers_info_by_topic('/clock'):
+        if not self._simulated_time and self._node.get_publishers_info_by_topic('/clock'):
             self._node.set_parameters([Parameter('use_sim_time', value=True)])
-            self.heard.simulated_time = True
-            # Discovery may bring the clock after the commands, thus a line of its own rather than a part of the first one.
-            self._tell('/clock is published: stamps are judged on its time')
+            self._simulated_time = True
+            # Discovery may bring the clock after the first commands: what came on the time of day cannot be judged on it.
+            self.heard.trajectories.clear()
+            self.heard.states.clear()
+            self._tell('/clock is published: stamps are judged on its time, and what came before is left out')
 
     def explain_silence(self) -> None:
         """Raises LiveTopicError where nothing was heard, with what there is instead."""

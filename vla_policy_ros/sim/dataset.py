@@ -42,6 +42,8 @@ MIX: dict[str, float] = {'reach': 0.5, 'reach_any': 0.1, 'push': 0.4, 'pick': 0.
 # A tool that the expert moves by less than this in a period, m, has arrived; so long may it stand in between, periods.
 _ARRIVED_STEP = 0.008
 _PAUSE = 8
+# Height below which wobbles do not drive the finger tips, m.
+_TABLE_CLEARANCE = 0.004
 
 
 @dataclass(frozen=True)
@@ -314,7 +316,7 @@ def _noisy_path(
         if index == pushed_at:
             q = q + rng.normal(0.0, PUSH_SIZE, size=7)
         q = np.clip(q, kinematics.lower, kinematics.upper)
-        # A push that would have driven the finger tips into the table does not happen.
-        state = state.moved(q if kinematics.place(q)[0][2] > 0.015 else before)
+        # A wobble or a push that would have driven the finger tips into the table does not happen.
+        state = state.moved(q if kinematics.place(q)[0][2] > _TABLE_CLEARANCE else before)
         yield state, velocity, way
         index += 1

@@ -78,8 +78,8 @@ def _start(config: TrainingConfig, robot: Robot) -> Start:
         assert config.preset is not None  # the schema wants it
         model = new_model(robot, config.preset, config.seed, config.network)
         donor = checkpoint_path(config.transfer_from)
-        content = transfer_weights(model, donor)
-        # The rows of the embedding mean what the donor's tokenizer says.
+        content = transfer_weights(model, donor, config.transfer_groups)
+        # Rows of an embedding that is taken over mean what the donor's tokenizer says.
         return Start(model, new_processor(robot, config.preset, model.config, tokenizer=read_processor(donor).tokenizer), content)
     if config.start_from is not None:
         opened = load_checkpoint(checkpoint_path(config.start_from), robot)

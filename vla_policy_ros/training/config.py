@@ -153,7 +153,10 @@ class TrainingConfig(Section):
         None, description='Checkpoint whose weights to start from. `preset` then only gives the sizes for a dry run without it.'
     )
     transfer_from: str | None = Field(
-        None, description='Checkpoint of another robot whose weights to start from, where they do not depend on it; with `preset`.'
+        None, description='Checkpoint, also of another robot, whose weights to start from where they fit; with `preset`.'
+    )
+    transfer_groups: tuple[Group, ...] | None = Field(
+        None, min_length=1, description='Groups of weights that are taken from `transfer_from`; the others start anew. None: all.'
     )
     keep_statistics: bool = Field(
         False, description='Keep the statistics of `start_from`, as a continued training on the same robot needs them.'
@@ -185,6 +188,10 @@ class TrainingConfig(Section):
             raise ValueError('give preset (train from nothing) or start_from (a checkpoint)')
         if self.transfer_from is not None and (self.preset is None or self.start_from is not None):
             raise ValueError('transfer_from goes with preset, the size of that checkpoint, and without start_from')
+        if self.transfer_groups is not None and self.transfer_from is None:
+            raise ValueError('transfer_groups needs transfer_from, the checkpoint to take them from')
+        if 'heads' in (self.transfer_groups or ()):
+            raise ValueError('transfer_groups names heads, which belong to the training and are in no checkpoint: remove it')
         if self.start_from is not None and self.network:
             raise ValueError('network changes the sizes of a preset; those of start_from are fixed: remove network')
         if self.keep_statistics and self.start_from is None:

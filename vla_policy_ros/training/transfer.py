@@ -1,7 +1,8 @@
 """From one robot to another: the weights of a checkpoint that do not depend on the robot it was trained for.
 
 What a network has learnt to see and to understand is of use on another robot; only the projections of state and actions in and
-out of the action expert have the robot's sizes. These, where they differ, start anew.
+out of the action expert have the robot's sizes. These, where they differ, start anew. So can whole parts, where networks are to be
+compared that differ in them.
 
 Enters: a fresh network for the new robot, a checkpoint folder of another. Leaves: the network with the weights taken over. The
 thread that trains.
@@ -10,6 +11,7 @@ thread that trains.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -17,21 +19,31 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vla_policy_ros.model.modeling import MapAnythingLlava3DForConditionalGeneration
+from vla_policy_ros.training.parameters import group_of
 
 ROBOT_SIZED = ('action_expert.action_in_proj.', 'action_expert.action_out_proj.', 'action_expert.state_proj.')
 
 
 @torch.no_grad()
-def transfer_weights(model: MapAnythingLlava3DForConditionalGeneration, folder: Path) -> str:
+def transfer_weights(
+    model: MapAnythingLlava3DForConditionalGeneration, folder: Path, groups: Collection[str] | None = None
+) -> str:
     """Copy into ``model`` what fits, and return a hash of what was copied.
 
+    Args:
+        model: the fresh network.
+        folder: the checkpoint.
+        groups: of weights (see `parameters.group_of`) that are copied, the others start anew; None copies all.
+
     Raises:
-        ValueError: a weight outside the action expert's projections is missing or has another shape, or the files are damaged.
+        ValueError: a weight of ``groups`` outside the action expert's projections is missing or has another shape, or the files are
+            damaged.
     """
     files = sorted(folder.glob('model*.safetensors'))
     if not files:
         raise ValueError(f'{folder} has no model.safetensors to take weights from; give the folder of a checkpoint')
-    wanted, digest = model.state_dict(), hashlib.sha256()
+    wanted = {name: value for name, value in model.state_dict().items() if groups is None or group_of(f'model.{name}') in groups}
+    digest = hashlib.sha256()
     taken: set[str] = set()
     for file in files:
         try:
@@ -57,5 +69,5 @@ def _fits(name: str, mine: Tensor, theirs: Tensor) -> bool:
         return False
     raise ValueError(
         f'{name} is {tuple(theirs.shape)} in the checkpoint and {tuple(mine.shape)} here: weights can be transferred between '
-        'robots, not between sizes of networks; give the preset of that checkpoint'
+        'robots, not between sizes of networks; give the preset of that checkpoint, or leave this group out of transfer_groups'
     )

@@ -196,7 +196,7 @@ def _train(
     if start is None:
         changes += ['start_from=null', *places_of(variant.network, 'network')]
     else:
-        changes.append(f'start_from={start}')
+        changes += [f'start_from={start}', 'preset=null', 'transfer_from=null', 'transfer_groups=null']
     tell(f'{folder}: training {steps} steps')
     command = [
         sys.executable,

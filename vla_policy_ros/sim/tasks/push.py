@@ -1,7 +1,8 @@
 """Pushing: the named cube ends in the coloured zone.
 
 The expert is memoryless: the tool belongs behind the object, on the line from the zone through its centre. From elsewhere it is
-drawn there from above, down a funnel; behind the object and low, it drives forward and steers back to the line.
+drawn there from above, down a funnel; behind the object and low enough, it drives forward and steers back to the line. Once the
+object lies in the zone, the tool rises.
 """
 
 from __future__ import annotations
@@ -35,17 +36,18 @@ BEHIND = 0.045
 FLOOR_RADIUS = 0.03
 CARROT = 0.1
 LOW = (0.038, 0.05)
-DESCENT = 0.8
 LINE = (0.01, 0.035)
 NEAR = (BEHIND + 0.02, BEHIND + 0.04)
 PRESSED = (0.03, 0.04)
-"""Height, distance from the line and from the object, m, up to which the tool drives forward, and from which it goes back; as it
-drives it comes down, so that with every metre of distance it may be `DESCENT` m higher."""
+"""Height, distance from the line and from the object, m, up to which the tool drives forward, and from which it goes back."""
+DESCENT = 0.8
+"""How much higher it may be, m per m of distance from the object: it comes down as it drives."""
 ARRIVED = 0.035
-ARRIVED_PRESSING = 0.02
-"""Distance of the object from the zone's middle, m, within which it is left there: it is pushed further in than it must lie later."""
-LIFTED = 0.02
-"""Height above the object that the tool then rises to, m: one look at an object that is not there yet brings it back."""
+ARRIVED_DRIVING = 0.02
+"""Distance of the object from the zone's middle, m, within which it is left there by a tool that does not drive it, and by one that
+does: what is on its way goes further in than it must lie."""
+CLEARANCE = 0.02
+"""Height above the object that the tool rises to at least once it has arrived, m."""
 FINGERS = 0.005
 """Distance of each finger of a gripper from the middle, m: nearly closed, so that no finger comes down on a cube."""
 PUSH_SPEED = 0.2
@@ -126,8 +128,9 @@ def _contact(spec: ObjectSpec) -> float:
 def _way(tool: NDArray[np.float64], centre: NDArray[np.float64], spec: ObjectSpec, zone: Zone) -> tuple[NDArray[np.float64], float]:
     """Way ``[3]`` for the tool, and its speed limit, m/s.
 
-    Two ways, to the place behind the object and forward with it, and a share of each that changes little from one centimetre to
-    the next: who sees the scene a little wrong, as a policy does, still does nearly the right thing.
+    Up once the object has arrived. Else two ways, to the place behind the object and forward with it, and a share of each that
+    changes little from one centimetre to the next: who sees the scene a little wrong, as a policy does, still does nearly the right
+    thing.
     """
     to_zone = np.array([zone.x, zone.y]) - centre[:2]
     remaining = float(np.linalg.norm(to_zone))
@@ -139,10 +142,10 @@ def _way(tool: NDArray[np.float64], centre: NDArray[np.float64], spec: ObjectSpe
     back = funnel(tool, np.array([*behind, TOOL_HEIGHT]), FLOOR_RADIUS)
     forward = min(max(0.0, gap) + remaining, CARROT) * ahead - _STEERING * beside
     drive = np.array([*forward, TOOL_HEIGHT - tool[2]])
-    height = tool[2] - DESCENT * max(0.0, gap)
-    share = _falling(height, *LOW) * _falling(float(np.linalg.norm(beside)), *LINE) * _falling(gap, *NEAR) * _falling(-gap, *PRESSED)
-    if remaining < share * ARRIVED_PRESSING + (1.0 - share) * ARRIVED:
-        return np.array([0.0, 0.0, max(0.0, 2 * spec.half_height + LIFTED - tool[2])]), MAX_TOOL_SPEED
+    height, off_line = tool[2] - DESCENT * max(0.0, gap), float(np.linalg.norm(beside))
+    share = _falling(height, *LOW) * _falling(off_line, *LINE) * _falling(gap, *NEAR) * _falling(-gap, *PRESSED)
+    if remaining < share * ARRIVED_DRIVING + (1.0 - share) * ARRIVED:
+        return np.array([0.0, 0.0, max(0.0, 2 * spec.half_height + CLEARANCE - tool[2])]), MAX_TOOL_SPEED
     return share * drive + (1.0 - share) * back, share * PUSH_SPEED + (1.0 - share) * MAX_TOOL_SPEED
 
 
@@ -152,7 +155,7 @@ def _falling(value: float, low: float, high: float) -> float:
 
 
 def _turn(heading: NDArray[np.float64], ahead: NDArray[np.float64], most: float) -> float:
-    """Angle, rad, at most a quarter turn and ``most``, that brings the line of the fingers across the push; none once arrived."""
+    """Angle, rad, at most a quarter turn and ``most``, that brings the fingers' line across the push; none within `ARRIVED`."""
     if float(np.linalg.norm(ahead)) < ARRIVED:
         return 0.0
     angle = np.arctan2(ahead[1], ahead[0]) - np.arctan2(heading[1], heading[0])
