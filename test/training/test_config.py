@@ -38,6 +38,8 @@ def test_single_values_and_whole_sections_can_be_changed(tmp_path: Path) -> None
         ('lora.targets=[]', 'lora.targets: Tuple should have at least 1 item'),
         ('preset=null', 'give preset (train from nothing) or start_from (a checkpoint)'),
         ('keep_statistics=true', 'keep_statistics needs start_from'),
+        ('transfer_groups=[vision]', 'transfer_groups needs transfer_from'),
+        ('transfer_groups=[]', 'transfer_groups: Tuple should have at least 1 item'),
         ('optimisation.ema=.nan', 'optimisation.ema'),
         ('seed=[', "change 'seed=[': the value is not YAML"),
     ],
@@ -46,6 +48,11 @@ def test_a_mistake_is_named_with_its_place(tmp_path: Path, change: str, message:
     with pytest.raises(SchemaError) as error:
         load_training(written(tmp_path), [change])
     assert message in str(error.value)
+
+
+def test_weights_that_no_checkpoint_has_are_not_transferred(tmp_path: Path) -> None:
+    with pytest.raises(SchemaError, match='transfer_groups names heads'):
+        load_training(written(tmp_path), ['transfer_from=runs/other', 'transfer_groups=[vision, heads]'])
 
 
 def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
