@@ -1,8 +1,8 @@
 """Picking and placing with the gripper: the named object is lifted, or ends in the coloured zone.
 
 The expert is memoryless. Fingers open, it is drawn to the object from above; around it, it closes; holding it, it lifts, and for
-placing travels to the zone, lowers and opens. What it holds is seen in the state: the object lies between the fingers, and these
-are no wider apart than it is.
+placing travels to the zone, lowers and opens. An object that nobody asked for is put down before it is let go. What it holds is
+seen in the state: the object lies between the fingers, and these are no wider apart than it is.
 """
 
 from __future__ import annotations
@@ -33,19 +33,26 @@ FINGER_LENGTH = 0.033
 """How deep the fingers reach round an object before the hand touches it, m."""
 SQUEEZE = 0.010
 SLIPPED = 0.022
-CENTRED = {'cube': 0.010, 'cylinder': 0.010, 'ball': 0.005}
-"""How far from an object's axis, and above the height to take it at, the fingers may close, m; a ball slips out of worse grasps."""
+CENTRED = {'cube': 0.018, 'cylinder': 0.018, 'ball': 0.014}
+"""How far from an object's axis, and above the height to take it at, the fingers may close, m.
+
+Closing, they pull it between them; who wants to be nearer first opens and closes them in turn when the hand is unsteady.
+"""
 AROUND = 0.008
 """How much further from the axis the fingers still stop at the object, m."""
-HELD = 0.03
+HELD = 0.05
 """How far from the tool an object is at most that fingers which cannot close any further hold, m; others lie far away."""
 GRASPED = 0.002
+FALLS = 0.012
+"""Height above the table from which an object that was not asked for is lowered before it is let go, m."""
 LIFTED = 0.06
 LIFT_HEIGHT = 0.14
-SLOW = 0.20
-ON_ZONE = 0.018
-AT_HEIGHT = 0.008
+SLOW = 0.30
+ON_ZONE = 0.026
+AT_HEIGHT = 0.014
+"""How far from the zone's middle, and above the height to set down at, the fingers may open, m: wider than the eye is wrong."""
 PLACED = 0.04
+LEFT_THERE = 0.032
 _EPISODE = 7
 
 
@@ -72,18 +79,18 @@ class Pick:
         return [self._episode(scene, int(slot), rng, TRAINING) for slot in rng.permutation(len(scene.objects))]
 
     def step(self, kinematics: ArmKinematics, state: TaskState, episode: Episode, period: float) -> TaskState:
-        slot = episode.targets[0]
-        spec, centre = episode.scene.objects[slot], state.objects[slot]
         tool, _ = kinematics.place(state.q)
-        holds = _around(tool, centre, spec, HELD) and state.finger < _half_width(spec) + GRASPED
-        if holds:
-            way, target = self._carry(tool, episode.scene, spec)
-        elif self._finished(centre, spec, episode.scene):
-            way, target = np.array([0.0, 0.0, max(0.0, LIFT_HEIGHT - tool[2])]), FINGER_OPEN
+        slot = _held(tool, state, episode)
+        holds = slot is not None
+        if slot is None:
+            slot = episode.targets[0]
+            way, target = self._fetch(tool, state, episode)
+        elif slot in episode.targets:
+            way, target = self._carry(tool, episode.scene, episode.scene.objects[slot])
         else:
-            way, target = _approach(tool, centre, spec, state.finger)
+            way, target = _put_down(tool, episode.scene.objects[slot])
         q = step_towards(kinematics, state.q, way, period, SLOW if holds else MAX_TOOL_SPEED)
-        return self._moved(kinematics, state, slot, spec, q, state.finger_towards(target, period), holds)
+        return self._moved(kinematics, state, episode.scene, slot, q, state.finger_towards(target, period), holds)
 
     def measure(self, world: TabletopWorld, episode: Episode) -> Outcome:
         raised = [float(world.object_position(slot)[2]) - spec.half_height for slot, spec in enumerate(episode.scene.objects)]
@@ -98,15 +105,22 @@ class Pick:
         """Way for a tool that holds the object, and what the fingers are told."""
         return np.array([0.0, 0.0, LIFT_HEIGHT - tool[2]]), _half_width(spec) - SQUEEZE
 
-    def _finished(self, centre: NDArray[np.float64], spec: ObjectSpec, scene: Scene) -> bool:
+    def _fetch(self, tool: NDArray[np.float64], state: TaskState, episode: Episode) -> tuple[NDArray[np.float64], float]:
+        """Way for an empty hand, and what the fingers are told."""
+        slot = episode.targets[0]
+        if self._finished(state.objects[slot], episode.scene):
+            return np.array([0.0, 0.0, max(0.0, LIFT_HEIGHT - tool[2])]), FINGER_OPEN
+        return _approach(tool, state.objects[slot], episode.scene.objects[slot])
+
+    def _finished(self, centre: NDArray[np.float64], scene: Scene) -> bool:
         return False
 
     def _moved(
         self,
         kinematics: ArmKinematics,
         state: TaskState,
+        scene: Scene,
         slot: int,
-        spec: ObjectSpec,
         q: NDArray[np.float64],
         target: float,
         holds: bool,
@@ -114,13 +128,12 @@ class Pick:
         """The state after the arm has come to ``q`` and the fingers went to ``target`` as far as they could."""
         before, _ = kinematics.place(state.q)
         after, _ = kinematics.place(q)
-        objects = state.objects.copy()
+        spec, objects = scene.objects[slot], state.objects.copy()
         stop = _half_width(spec) if _around(before, objects[slot], spec, CENTRED[spec.shape] + AROUND) else 0.0
         finger = max(stop, target)
-        if holds and target < _half_width(spec):
-            objects[slot] = objects[slot] + after - before
-        elif not holds:
-            objects[slot, 2] = spec.half_height
+        objects[:, 2] = [each.half_height for each in scene.objects]
+        if holds:
+            objects[slot] = state.objects[slot] + (after - before if target < _half_width(spec) else 0.0)
         return TaskState(q, objects, finger, target)
 
     def _episode(self, scene: Scene, slot: int, rng: np.random.Generator, conditions: Conditions) -> Episode:
@@ -161,9 +174,9 @@ class Place(Pick):
         along = to_zone * min(1.0, max(0.1, (0.045 - climb) / 0.03))
         return np.array([*along, climb]), closed
 
-    def _finished(self, centre: NDArray[np.float64], spec: ObjectSpec, scene: Scene) -> bool:
+    def _finished(self, centre: NDArray[np.float64], scene: Scene) -> bool:
         zone = scene.place_to_go()
-        return float(np.hypot(centre[0] - zone.x, centre[1] - zone.y)) < PLACED * 0.6
+        return float(np.hypot(centre[0] - zone.x, centre[1] - zone.y)) < LEFT_THERE
 
 
 def _half_width(spec: ObjectSpec) -> float:
@@ -182,10 +195,26 @@ def _around(tool: NDArray[np.float64], centre: NDArray[np.float64], spec: Object
     return float(np.hypot(*(tool[:2] - centre[:2]))) < within and height < _grasp_height(spec) + SLIPPED
 
 
-def _approach(
-    tool: NDArray[np.float64], centre: NDArray[np.float64], spec: ObjectSpec, finger: float
-) -> tuple[NDArray[np.float64], float]:
-    """Way for an empty hand, and what the fingers are told."""
+def _held(tool: NDArray[np.float64], state: TaskState, episode: Episode) -> int | None:
+    """The slot of what the fingers hold: the named object, or another one that is so high that it would fall."""
+    for slot in (*episode.targets, *range(len(episode.scene.objects))):
+        spec, centre = episode.scene.objects[slot], state.objects[slot]
+        between = _around(tool, centre, spec, HELD) and state.finger < _half_width(spec) + GRASPED
+        if between and (slot in episode.targets or centre[2] - spec.half_height > FALLS):
+            return slot
+    return None
+
+
+def _put_down(tool: NDArray[np.float64], spec: ObjectSpec) -> tuple[NDArray[np.float64], float]:
+    """Way down for a hand that holds the wrong object, and what the fingers are told.
+
+    Down before open: a policy that for a moment takes the right object for a wrong one has not dropped it then.
+    """
+    return np.array([0.0, 0.0, _grasp_height(spec) - tool[2]]), _half_width(spec) - SQUEEZE
+
+
+def _approach(tool: NDArray[np.float64], centre: NDArray[np.float64], spec: ObjectSpec) -> tuple[NDArray[np.float64], float]:
+    """Way for an empty hand to an object, and what the fingers are told."""
     goal = np.array([*centre[:2], _grasp_height(spec)])
     close = CENTRED[spec.shape]
     if float(np.hypot(*(tool[:2] - centre[:2]))) < close and tool[2] < goal[2] + close:
