@@ -14,7 +14,10 @@ RUN = export PATH="$(VENV)/bin:$$PATH" AMENT_PREFIX_PATH="$(VENV)" \
 	FASTRTPS_DEFAULT_PROFILES_FILE="$${FASTRTPS_DEFAULT_PROFILES_FILE:-$(CURDIR)/config/fastdds.xml}" \
 	MUJOCO_GL="$${MUJOCO_GL:-$$(cat $(VENV)/.setup/renderer)}" PYTHONUNBUFFERED=1;
 
-.PHONY: help setup demo test lint bench checkpoint colcon clean
+# Parts of a training, each from the checkpoint of the one before, by two processes that share its steps.
+TRAIN = for part in $(1); do torchrun --standalone --nproc-per-node 2 --no-python vla-policy train $$part || exit; done
+
+.PHONY: help setup demo test lint bench checkpoint gripper colcon clean
 
 help:  ## list the commands
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -42,9 +45,11 @@ bench: setup  ## measure what each stage costs on this machine
 # Hours: each part goes on where an interrupt left it. Two processes share the steps of all but the first.
 checkpoint: setup  ## train the shipped checkpoint from nothing, into runs/tabletop_revisited/checkpoint
 	@$(RUN) export OMP_NUM_THREADS=1; vla-policy train tabletop_perception && \
-	for part in tabletop tabletop_push tabletop_visited tabletop_revisited; do \
-		torchrun --standalone --nproc-per-node 2 --no-python vla-policy train $$part || exit; \
-	done
+	$(call TRAIN,tabletop tabletop_push tabletop_visited tabletop_revisited)
+
+gripper: setup  ## train the checkpoint of the arm with a gripper, into runs/tabletop_gripper_revisited/checkpoint
+	@$(RUN) export OMP_NUM_THREADS=1; vla-policy train tabletop_perception && \
+	$(call TRAIN,tabletop_gripper tabletop_gripper_fine tabletop_gripper_place tabletop_gripper_visited tabletop_gripper_revisited)
 
 colcon: setup  ## build both packages as on a robot, into install/
 	@PYTHON="$(PYTHON)" .ci/setup.sh colcon

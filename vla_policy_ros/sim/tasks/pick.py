@@ -33,7 +33,7 @@ FINGER_LENGTH = 0.033
 """How deep the fingers reach round an object before the hand touches it, m."""
 SQUEEZE = 0.010
 SLIPPED = 0.022
-CENTRED = {'cube': 0.018, 'cylinder': 0.018, 'ball': 0.014}
+CENTRED = {'cube': 0.018, 'cylinder': 0.018, 'ball': 0.010}
 """How far from an object's axis, and above the height to take it at, the fingers may close, m.
 
 Closing, they pull it between them; who wants to be nearer first opens and closes them in turn when the hand is unsteady.
@@ -48,11 +48,11 @@ FALLS = 0.012
 LIFTED = 0.06
 LIFT_HEIGHT = 0.14
 SLOW = 0.30
-ON_ZONE = 0.026
+ON_ZONE = 0.016
 AT_HEIGHT = 0.014
 """How far from the zone's middle, and above the height to set down at, the fingers may open, m: wider than the eye is wrong."""
 PLACED = 0.04
-LEFT_THERE = 0.032
+LEFT_THERE = 0.026
 _EPISODE = 7
 
 

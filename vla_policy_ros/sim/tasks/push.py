@@ -36,7 +36,7 @@ BEHIND = 0.045
 FLOOR_RADIUS = 0.03
 CARROT = 0.1
 LOW = (0.038, 0.05)
-LINE = (0.01, 0.035)
+LINE = (0.02, 0.055)
 NEAR = (BEHIND + 0.02, BEHIND + 0.04)
 PRESSED = (0.03, 0.04)
 """Height, distance from the line and from the object, m, up to which the tool drives forward, and from which it goes back."""
@@ -50,7 +50,7 @@ CLEARANCE = 0.02
 """Height above the object that the tool rises to at least once it has arrived, m."""
 FINGERS = 0.005
 """Distance of each finger of a gripper from the middle, m: nearly closed, so that no finger comes down on a cube."""
-PUSH_SPEED = 0.2
+PUSH_SPEED = 0.3
 TURN_SPEED = 1.5
 """rad/s: a quicker turn of the hand would leave the rest of the arm no time to travel."""
 SUCCESS_DISTANCE = 0.04
