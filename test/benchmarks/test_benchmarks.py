@@ -146,6 +146,15 @@ def test_numbers_are_machine_readable(root: Path, script: str, option: list[str]
     assert row['sender'] == 'whole_chunk' and row['step'] > 1.0 and numbers['broken_promises'] == []
 
 
+def test_the_experts_are_measured_with_worse_and_worse_hands(root: Path) -> None:
+    command = [sys.executable, 'benchmarks/experts.py', '--json', '-', '--task', 'reach', '--episodes', '3']
+    answer = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
+    assert answer.returncode == 0, answer.stderr
+    rows = json.loads(answer.stdout)['rows']
+    assert [row['hand_rad'] for row in rows] == sorted(row['hand_rad'] for row in rows)
+    assert rows[0]['success_rate'] == 1.0 and rows[0]['median_error_m'] < rows[-1]['median_error_m']
+
+
 def test_the_page_shows_the_whole_card(bench: Any, root: Path) -> None:
     """Every sender, fault and column that the card has now stands in docs/robustness.md."""
     page = (root / 'docs' / 'robustness.md').read_text()

@@ -6,18 +6,49 @@ Enters: a task, an episode, a world. Leaves: the joint targets as they are given
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vla_policy_ros.sim.expert import ArmKinematics
-from vla_policy_ros.sim.tasks.base import Episode, Task, TaskState
+from vla_policy_ros.sim.tasks.base import Episode, TaskState
 from vla_policy_ros.sim.world import TabletopWorld
 
 _TICK = 0.01
+_KEPT = 0.8
 
 
-def play_expert(task: Task, episode: Episode, world: TabletopWorld, period: float, seconds: float) -> Iterator[NDArray[np.float64]]:
+class Expert(Protocol):
+    """Who says what to do next: a `Task`, or somebody who does it less well."""
+
+    def step(self, kinematics: ArmKinematics, state: TaskState, episode: Episode, period: float) -> TaskState:
+        """As `Task.step`."""
+
+
+class Unsteady:
+    """An expert as a policy is that has learnt from it: a little wrong at every look, in what it sees and in what it does.
+
+    Its joint targets are ``hand`` rad (rms) off, by an error that drifts from look to look with a time constant of half a second at
+    10 Hz; each object is seen ``eye`` m (standard deviation per axis) from where it lies, elsewhere at each look.
+    """
+
+    def __init__(self, expert: Expert, rng: np.random.Generator, *, hand: float = 0.0, eye: float = 0.0) -> None:
+        self._expert, self._rng, self._hand, self._eye = expert, rng, hand, eye
+        self._off = np.zeros(1)
+
+    def step(self, kinematics: ArmKinematics, state: TaskState, episode: Episode, period: float) -> TaskState:
+        self._off = _KEPT * self._off + np.sqrt(1.0 - _KEPT**2) * self._rng.normal(0.0, self._hand, len(state.q))
+        seen = state.objects.copy()
+        seen[:, :2] += self._rng.normal(0.0, self._eye, (len(seen), 2))
+        after = self._expert.step(kinematics, replace(state, objects=seen), episode, period)
+        return replace(after, q=after.q + self._off)
+
+
+def play_expert(
+    task: Expert, episode: Episode, world: TabletopWorld, period: float, seconds: float
+) -> Iterator[NDArray[np.float64]]:
     """Targets ``[J]`` for one ``period`` (s) later, each given before the world moves on; at least two of them."""
     kinematics = ArmKinematics()
     world.reset_to(episode.scene)
@@ -34,7 +65,7 @@ def play_expert(task: Task, episode: Episode, world: TabletopWorld, period: floa
 
 
 def _goal(
-    task: Task,
+    task: Expert,
     episode: Episode,
     world: TabletopWorld,
     kinematics: ArmKinematics,
