@@ -47,6 +47,7 @@ checkpoint: setup  ## train the shipped checkpoint from nothing, into runs/table
 	@$(RUN) export OMP_NUM_THREADS=1; vla-policy train tabletop_perception && \
 	$(call TRAIN,tabletop tabletop_push tabletop_visited tabletop_revisited)
 
+# The same for the other arm, from the towers of the same first part.
 gripper: setup  ## train the checkpoint of the arm with a gripper, into runs/tabletop_gripper_revisited/checkpoint
 	@$(RUN) export OMP_NUM_THREADS=1; vla-policy train tabletop_perception && \
 	$(call TRAIN,tabletop_gripper tabletop_gripper_fine tabletop_gripper_place tabletop_gripper_visited tabletop_gripper_revisited)

@@ -30,7 +30,7 @@ from vla_policy_ros.sim.world import TabletopWorld
 SCHEMA, VERSION = 'vla_policy_ros/benchmarks/experts', 1
 PERIOD = 0.1
 UNSTEADINESS = ((0.0, 0.0), (0.01, 0.005), (0.015, 0.01), (0.02, 0.01))
-"""Hand, rad, and eye, m, of the columns."""
+"""Hand, rad, and eye, m, of the rows of each task."""
 
 
 def measure(name: str, hand: float, eye: float, episodes: int, world: TabletopWorld) -> dict[str, Any]:

@@ -150,8 +150,15 @@ def test_the_experts_are_measured_with_worse_and_worse_hands(root: Path) -> None
     command = [sys.executable, 'benchmarks/experts.py', '--json', '-', '--task', 'reach', '--episodes', '3']
     answer = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
     assert answer.returncode == 0, answer.stderr
-    rows = json.loads(answer.stdout)['rows']
-    assert [row['hand_rad'] for row in rows] == sorted(row['hand_rad'] for row in rows)
+    numbers = json.loads(answer.stdout)
+    assert numbers['schema'] == 'vla_policy_ros/benchmarks/experts' and numbers['version'] == 1
+    rows = numbers['rows']
+    assert [(row['task'], row['hand_rad'], row['eye_m'], row['episodes']) for row in rows] == [
+        ('reach', 0.0, 0.0, 3),
+        ('reach', 0.01, 0.005, 3),
+        ('reach', 0.015, 0.01, 3),
+        ('reach', 0.02, 0.01, 3),
+    ]
     assert rows[0]['success_rate'] == 1.0 and rows[0]['median_error_m'] < rows[-1]['median_error_m']
 
 

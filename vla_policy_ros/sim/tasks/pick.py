@@ -32,27 +32,35 @@ HELD_OUT_PLACE_TEMPLATES = ('take the {} to the {} circle', 'please put the {} d
 FINGER_LENGTH = 0.033
 """How deep the fingers reach round an object before the hand touches it, m."""
 SQUEEZE = 0.010
+"""How much further in than an object's side the fingers are told to go, m."""
 SLIPPED = 0.022
+"""How far above the height it is taken at the fingers may be and still have an object between them, m."""
 CENTRED = {'cube': 0.018, 'cylinder': 0.018, 'ball': 0.010}
 """How far from an object's axis, and above the height to take it at, the fingers may close, m.
 
-Closing, they pull it between them; who wants to be nearer first opens and closes them in turn when the hand is unsteady.
+Closing, they pull it between them; who wants to be nearer first opens and closes them in turn when the hand is unsteady. A ball
+slips out of worse grasps than this.
 """
 AROUND = 0.008
 """How much further from the axis the fingers still stop at the object, m."""
 HELD = 0.05
-"""How far from the tool an object is at most that fingers which cannot close any further hold, m; others lie far away."""
+"""How far from the tool's axis an object is at most that closed fingers are taken to hold, m; empty ones find out on the way up."""
 GRASPED = 0.002
+"""How much wider apart than the object fingers that hold it may seem to be, each, m."""
 FALLS = 0.012
 """Height above the table from which an object that was not asked for is lowered before it is let go, m."""
 LIFTED = 0.06
+"""How high above the table an object counts as lifted, m; the expert lifts the tool to `LIFT_HEIGHT`."""
 LIFT_HEIGHT = 0.14
 SLOW = 0.30
+"""Speed limit of a tool that holds something, m/s."""
 ON_ZONE = 0.016
 AT_HEIGHT = 0.014
-"""How far from the zone's middle, and above the height to set down at, the fingers may open, m: wider than the eye is wrong."""
+"""How far from the zone's middle, and above the height to set down at, the fingers may open, m."""
 PLACED = 0.04
+"""How far from the zone's middle an object counts as placed, m."""
 LEFT_THERE = 0.026
+"""How far from it an object that nobody holds is left alone, m."""
 _EPISODE = 7
 
 
@@ -196,7 +204,7 @@ def _around(tool: NDArray[np.float64], centre: NDArray[np.float64], spec: Object
 
 
 def _held(tool: NDArray[np.float64], state: TaskState, episode: Episode) -> int | None:
-    """The slot of what the fingers hold: the named object, or another one that is so high that it would fall."""
+    """The slot of what the fingers hold: a target, or another object that is more than `FALLS` above the table."""
     for slot in (*episode.targets, *range(len(episode.scene.objects))):
         spec, centre = episode.scene.objects[slot], state.objects[slot]
         between = _around(tool, centre, spec, HELD) and state.finger < _half_width(spec) + GRASPED
