@@ -31,8 +31,8 @@ class Unsteady:
     """An expert as a policy is that has learnt from it: a little wrong at every look, in what it sees and in what it does.
 
     Its joint targets are ``hand`` rad (rms) off what the expert says from where the last target led, by an error that begins
-    at zero and drifts from look to look (about half a second at 10 Hz); each object is seen ``eye`` m (standard deviation per axis) from
-    where it lies, elsewhere at each look.
+    at zero and drifts from look to look (about half a second at 10 Hz); each object is seen ``eye`` m (standard deviation per
+    axis) from where it lies, elsewhere at each look.
     """
 
     def __init__(self, expert: Expert, rng: np.random.Generator, *, hand: float = 0.0, eye: float = 0.0) -> None:
