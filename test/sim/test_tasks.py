@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from vla_policy_ros.sim.dataset import MIX, SCENE_SEED_BASE
-from vla_policy_ros.sim.expert import ArmKinematics
+from vla_policy_ros.sim.expert import ArmKinematics, step_towards
 from vla_policy_ros.sim.instructions import parse_instruction
+from vla_policy_ros.sim.mjcf import FINGER_OPEN
 from vla_policy_ros.sim.scene import COLOURS, HELD_OUT_KINDS, SHAPES, Variation
 from vla_policy_ros.sim.tasks import TASKS, Conditions, Episode, Outcome, Task, TaskState
 from vla_policy_ros.sim.tasks.play import Unsteady, play_expert
+from vla_policy_ros.sim.tasks.push import CLEARANCE
 from vla_policy_ros.sim.tasks.reach import ATTEMPT_SHIFT
 from vla_policy_ros.sim.world import TabletopWorld
 
@@ -242,3 +244,24 @@ def test_what_nobody_asked_for_is_put_down_before_it_is_let_go(world: TabletopWo
     assert all(height[50] > 0.1 and height[-1] < 0.05 for height in heights)
     assert min(np.diff(height).min() for height in heights) > -0.045, 'm in a tenth of a second: it was dropped'
     assert sum(end.success for end in ends) >= 3, [(end.failure, round(end.error, 3)) for end in ends]
+
+
+def test_a_cube_left_short_of_its_zone_asks_for_another_attempt_that_no_one_can_miss() -> None:
+    """Where the tool ends after a push, leaving the cube and pushing it again are answers far apart, not half a second's difference."""
+    kinematics, task, ways = ArmKinematics(), TASKS['push'], {}
+    for short in (0.02, 0.055):
+        episode = task.sample(0, Conditions())
+        spec, zone = episode.scene.objects[episode.targets[0]], episode.scene.place_to_go()
+        objects = np.array([(other.x, other.y, other.half_height) for other in episode.scene.objects])
+        ahead = np.array([zone.x - spec.x, zone.y - spec.y])
+        objects[episode.targets[0], :2] = np.array([zone.x, zone.y]) - short * ahead / np.linalg.norm(ahead)
+        q = np.array(episode.scene.start)
+        over = objects[episode.targets[0]] + [0.0, 0.0, spec.half_height + CLEARANCE]
+        for _ in range(100):
+            q = step_towards(kinematics, q, over - kinematics.place(q)[0], PERIOD)
+        state, path = TaskState(q, objects, FINGER_OPEN, FINGER_OPEN), [kinematics.place(q)[0]]
+        for _ in range(8):
+            state = task.step(kinematics, state, episode, PERIOD)
+            path.append(kinematics.place(state.q)[0])
+        ways[short] = np.linalg.norm(path[-1] - path[0])
+    assert ways[0.02] < 0.01 and ways[0.055] > 0.1, ways

@@ -2,7 +2,8 @@
 
 A scene is played in physics, by a policy that is not done learning and by the expert in turns. At some of its looks the picture
 is kept, and the expert's chunk is computed for every episode of the scene, as in `dataset`. So a policy learns what to do about
-its own mistakes, which the paths of an expert do not show, and about how objects really move when they are pushed.
+its own mistakes, which the paths of an expert do not show, and about how objects really move when they are pushed. Where the expert
+plays, it is now and then misled about where things lie; what it answers never is.
 
 Enters: a robot file, a policy, a seed. Leaves: `Example`s. One thread (see `world`).
 """
@@ -10,7 +11,7 @@ Enters: a robot file, a policy, a seed. Leaves: `Example`s. One thread (see `wor
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,10 @@ EXECUTED = 4
 KEPT_SHARE = 0.3
 """Of the looks, those whose picture is kept."""
 LOOKS_AFTER_SUCCESS = 3
+MISLED_SHARE = 0.5
+"""Of the rollouts, those whose expert is misled: it leaves things where no expert would, and the labels say how to mend that."""
+MISLED = 0.015
+"""How far from its place a misled expert takes an object to lie, m, standard deviation per axis, the same for a whole rollout."""
 # Beyond its table a robot meets nothing that it could learn from, m.
 _REACH = 0.9
 # Scene seeds of one rollout; the first is that of the scene, and its kept looks have the ones after it as their ids.
@@ -91,6 +96,7 @@ class _Rollout:
         arm, task, kept, done = self.arm, TASKS[self.played.task], 0, 0
         # From all by the policy to all by the expert, so that states late in a task are visited before the policy can do it.
         expert_share = rng.random()
+        misled = rng.normal(0.0, MISLED, (len(self.played.scene.objects), 2)) * (rng.random() < MISLED_SHARE)
         arm.reset(self.played.scene)
         for _ in range(round(task.seconds / (EXECUTED * self.robot.action.period))):
             state, velocity = self._state()
@@ -104,7 +110,8 @@ class _Rollout:
             done = done + 1 if task.measure(arm.world, self.played).success else 0
             if done > LOOKS_AFTER_SUCCESS:
                 return
-            for action in self._actions(state, rng.random() < expert_share):
+            expert_sees = replace(state, objects=state.objects + np.pad(misled, ((0, 0), (0, 1))))
+            for action in self._actions(expert_sees, rng.random() < expert_share):
                 arm.follow(action)
 
     def _state(self) -> tuple[TaskState, NDArray[np.float64]]:

@@ -46,8 +46,10 @@ ARRIVED = 0.035
 ARRIVED_DRIVING = 0.02
 """Distance of the object from the zone's middle, m, within which it is left there by a tool that does not drive it, and by one that
 does: what is on its way goes further in than it must lie."""
-CLEARANCE = 0.02
-"""Height above the object that the tool rises to at least once it has arrived, m."""
+CLEARANCE = 0.12
+"""Height above the object that the tool rises to at least once it has arrived, m: as high as it travels. There the hand hides
+nothing, and from there another attempt looks like the first one; just above the object, it and leaving things as they are would
+differ by half a second."""
 FINGERS = 0.005
 """Distance of each finger of a gripper from the middle, m: nearly closed, so that no finger comes down on a cube."""
 PUSH_SPEED = 0.3
