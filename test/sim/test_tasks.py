@@ -247,7 +247,7 @@ def test_what_nobody_asked_for_is_put_down_before_it_is_let_go(world: TabletopWo
 
 
 def test_a_cube_left_short_of_its_zone_asks_for_another_attempt_that_no_one_can_miss() -> None:
-    """Where the tool ends after a push, leaving the cube and pushing it again are answers far apart, not half a second's difference."""
+    """Where the tool ends after a push, leaving the cube and pushing it again are answers far apart."""
     kinematics, task, ways = ArmKinematics(), TASKS['push'], {}
     for short in (0.02, 0.055):
         episode = task.sample(0, Conditions())
