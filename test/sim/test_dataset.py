@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from vla_policy_ros.robot import Robot, load_robot
 from vla_policy_ros.sim.dataset import RobotMismatch, Sampling, examples
+from vla_policy_ros.sim.expert import ArmKinematics
 from vla_policy_ros.sim.instructions import parse_instruction
 from vla_policy_ros.sim.scene import COLOURS, Variation, sample_scene
 
@@ -158,6 +160,16 @@ def test_more_of_one_task_and_fewer_states_after_arrival():
     assert resting(busy) <= resting(drawn)
     again = next(iter(examples(ROBOT, seed=3, count=1, sampling=sampling)))
     assert np.array_equal(again.actions, busy[0].actions)
+
+
+def test_states_after_an_attempt_show_what_lies_near_its_zone():
+    kinematics, sampling, short = ArmKinematics(), Sampling(mix={'push': 1.0}, arrived=0.0), []
+    for each in (sampling, replace(sampling, attempted=1.0)):
+        firsts = [scene[0] for scene in scenes_of(list(examples(ROBOT, seed=3, count=150, sampling=each)))]
+        away = [np.linalg.norm(first.labels.points[:3, :2] - first.labels.points[3, :2], axis=1).min() for first in firsts]
+        heights = [kinematics.place(first.observation.state[:7])[0][2] for first in firsts]
+        short.append(np.mean([0.04 < distance < 0.1 and height > 0.1 for distance, height in zip(away, heights, strict=True)]))
+    assert short[0] == 0.0 and short[1] > 0.05, short
 
 
 @pytest.mark.parametrize(

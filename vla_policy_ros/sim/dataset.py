@@ -12,13 +12,13 @@ Enters: a robot file, a seed. Leaves: `Example`s in the live node's `Observation
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vla_policy_ros.robot import Robot
-from vla_policy_ros.sim.expert import ArmKinematics
+from vla_policy_ros.sim.expert import ArmKinematics, step_towards
 from vla_policy_ros.sim.mjcf import FINGER_JOINTS, JOINT_NAMES
 from vla_policy_ros.sim.scene import COLOURS, SHAPES, UNNAMED
 from vla_policy_ros.sim.tasks import TASKS, Episode, Task, TaskState
@@ -35,6 +35,14 @@ PUSH_SHARE = 0.5
 PUSH_SIZE = 0.06
 WOBBLE_SIZE = 0.012
 DEPTH_SIZE = (64, 48)
+ATTEMPT_ENDS = 0.12
+ATTEMPT_OFFSET = 0.03
+ATTEMPT_HEIGHTS = (0.03, 0.22)
+"""After an attempt: distance of the object from the zone's middle (at most, m), of the tool from the object's axis (standard
+deviation per axis, m), and its height above the object's centre, m."""
+ATTEMPT_PERIODS = 60
+CLEAR_OF_OTHERS = 0.07
+"""Centres of objects that were not drawn together are at least so far apart, m."""
 
 MIX: dict[str, float] = {'reach': 0.5, 'reach_any': 0.1, 'push': 0.4, 'pick': 0.5, 'place': 0.5, 'reach_shape': 0.0}
 """Shares of the tasks among training scenes, of those that the robot can do."""
@@ -55,11 +63,14 @@ class Sampling:
         arrived: share of the states in which the expert has arrived already; None: as time draws them, which is most.
         strays: share of the states that lie on the path of any of the scene's episodes rather than on the first one's, so that a
             sentence is also answered from where another one has led.
+        attempted: share of the states of tasks with a zone that begin after an attempt: what shall go there lies near it, somewhere
+            within `ATTEMPT_ENDS`, and the tool is over it. Otherwise experts, who succeed, leave hardly any such state.
     """
 
     mix: Mapping[str, float] | None = None
     arrived: float | None = None
     strays: float = 0.0
+    attempted: float = 0.0
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.mix or () if name not in TASKS]
@@ -191,10 +202,30 @@ def _scene_examples(
     episodes, taken = draw_episodes(shares, sampling.strays, scene_id, rng)
     world.reset_to(episodes[0].scene)
     start = TaskState(episodes[0].scene.start, object_places(world))
+    if sampling.attempted > 0.0 and rng.random() < sampling.attempted and TASKS[episodes[0].task].needs_zone:
+        start = _after_an_attempt(episodes[0], kinematics, start, robot.action.period, rng)
     state, velocity = _state_on_noisy_path(taken, kinematics, start, robot.action.period, sampling.arrived, rng)
     world.put_objects(state.objects)
     world.set_arm(state.q, state.finger)
     yield from examples_at(world, kinematics, robot, episodes, state, velocity, rng, scene_id)
+
+
+def _after_an_attempt(
+    episode: Episode, kinematics: ArmKinematics, state: TaskState, period: float, rng: np.random.Generator
+) -> TaskState:
+    """What shall go to the zone lies near its middle, clear of the other objects, and the tool is over it, or nearly."""
+    slot, zone = episode.targets[0], episode.scene.place_to_go()
+    angle, distance = rng.uniform(-np.pi, np.pi), rng.uniform(0.0, ATTEMPT_ENDS)
+    objects = state.objects.copy()
+    objects[slot, :2] = zone.x + distance * np.cos(angle), zone.y + distance * np.sin(angle)
+    over = objects[slot] + [*rng.normal(0.0, ATTEMPT_OFFSET, size=2), rng.uniform(*ATTEMPT_HEIGHTS)]
+    others = np.delete(objects, slot, axis=0)
+    if np.linalg.norm(others[:, :2] - objects[slot, :2], axis=1).min() < CLEAR_OF_OTHERS:
+        return state
+    q = state.q
+    for _ in range(ATTEMPT_PERIODS):
+        q = step_towards(kinematics, q, over - kinematics.place(q)[0], period)
+    return replace(state, q=q, objects=objects)
 
 
 def task_shares(robot: Robot, mix: Mapping[str, float] | None) -> dict[str, float]:

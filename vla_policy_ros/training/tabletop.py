@@ -27,7 +27,7 @@ VISITED_SHARD = 11_000
 GENERATOR_VERSION = 11
 """Raise it with every change of what the simulator draws or its experts do: files of an older version are then made again."""
 
-SAMPLING = ('mix', 'arrived', 'strays')
+SAMPLING = ('mix', 'arrived', 'strays', 'attempted')
 """What `sim.dataset.Sampling` can be told."""
 
 
