@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from vla_policy_ros.robot import load_robot
+from vla_policy_ros.sim import visited
 from vla_policy_ros.sim.dataset import SCENE_SEED_BASE, SCENES_PER_SEED, RobotMismatch, Sampling
 from vla_policy_ros.sim.expert import ArmKinematics
 from vla_policy_ros.sim.scene import sample_scene
 from vla_policy_ros.sim.tasks.base import TRAINING
+from vla_policy_ros.sim.tasks.push import ARRIVED
 from vla_policy_ros.sim.visited import visited_examples
 from vla_policy_ros.types import ActionChunk, Observation
 
@@ -86,18 +88,19 @@ def test_pushed_things_are_where_physics_puts_them() -> None:
     assert moved > 0.05, 'the expert takes its turns, so that something is pushed'
 
 
-def test_some_cubes_are_left_beside_their_zone() -> None:
+def test_some_cubes_are_left_beside_their_zone(monkeypatch: pytest.MonkeyPatch) -> None:
     """An expert knows when it has arrived, and who learns from it alone never sees what to do about having been wrong."""
-    kinematics, left = ArmKinematics(), 0
-    for example in visited_examples(ROBOT, Turning(0.0), seed=2, count=600, sampling=Sampling(mix={'push': 1.0})):
+    monkeypatch.setattr(visited, 'MISLED_SHARE', 1.0)
+    kinematics, left = ArmKinematics(), [0.0]
+    for example in visited_examples(ROBOT, Turning(0.0), seed=5, count=300, sampling=Sampling(mix={'push': 1.0})):
         sentence, points = example.observation.instruction, example.labels.points
         scene = sample_scene(example.scene_id // 64 * 64, replace(TRAINING.scene, zone=True))
-        place = np.array([scene.place_to_go().x, scene.place_to_go().y])
         for slot, spec in enumerate(scene.objects):
-            away, gone = np.linalg.norm(points[slot, :2] - place), np.linalg.norm(points[slot, :2] - [spec.x, spec.y])
+            away, gone = (np.linalg.norm(points[slot, :2] - place) for place in (points[3, :2], [spec.x, spec.y]))
             high = kinematics.place(example.observation.state[:7])[0][2] > 0.12
-            left += spec.name in sentence and 'zone' in sentence and high and gone > 0.05 and 0.04 < away < 0.08
-    assert left >= 3, left
+            if spec.name in sentence and high and gone > 0.05 and away < 0.1:
+                left.append(float(away))
+    assert max(left) > ARRIVED, left
 
 
 def test_what_cannot_be_played_is_refused() -> None:
