@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vla_policy_ros.robot import Robot
-from vla_policy_ros.sim.expert import ArmKinematics, step_towards
+from vla_policy_ros.sim.expert import ArmKinematics
 from vla_policy_ros.sim.mjcf import FINGER_JOINTS, JOINT_NAMES
 from vla_policy_ros.sim.scene import COLOURS, SHAPES, UNNAMED
 from vla_policy_ros.sim.tasks import TASKS, Episode, Task, TaskState
@@ -36,13 +37,7 @@ PUSH_SIZE = 0.06
 WOBBLE_SIZE = 0.012
 DEPTH_SIZE = (64, 48)
 ATTEMPT_ENDS = 0.12
-ATTEMPT_OFFSET = 0.03
-ATTEMPT_HEIGHTS = (0.03, 0.22)
-"""After an attempt: distance of the object from the zone's middle (at most, m), of the tool from the object's axis (standard
-deviation per axis, m), and its height above the object's centre, m."""
-ATTEMPT_PERIODS = 60
-CLEAR_OF_OTHERS = 0.07
-"""Centres of objects that were not drawn together are at least so far apart, m."""
+"""How far from its zone an attempt is meant to end at most, m."""
 
 MIX: dict[str, float] = {'reach': 0.5, 'reach_any': 0.1, 'push': 0.4, 'pick': 0.5, 'place': 0.5, 'reach_shape': 0.0}
 """Shares of the tasks among training scenes, of those that the robot can do."""
@@ -63,8 +58,9 @@ class Sampling:
         arrived: share of the states in which the expert has arrived already; None: as time draws them, which is most.
         strays: share of the states that lie on the path of any of the scene's episodes rather than on the first one's, so that a
             sentence is also answered from where another one has led.
-        attempted: share of the states of tasks with a zone that begin after an attempt: what shall go there lies near it, somewhere
-            within `ATTEMPT_ENDS`, and the tool is over it. Otherwise experts, who succeed, leave hardly any such state.
+        attempted: share of the states of tasks with a zone that begin where an attempt ends (or nearly) that was meant for a place
+            beside the zone, within `ATTEMPT_ENDS`. Otherwise experts, who succeed, leave hardly any such state, and that an attempt
+            has been made would be all there is to know about whether it has succeeded.
     """
 
     mix: Mapping[str, float] | None = None
@@ -213,19 +209,19 @@ def _scene_examples(
 def _after_an_attempt(
     episode: Episode, kinematics: ArmKinematics, state: TaskState, period: float, rng: np.random.Generator
 ) -> TaskState:
-    """What shall go to the zone lies near its middle, clear of the other objects, and the tool is over it, or nearly."""
-    slot, zone = episode.targets[0], episode.scene.place_to_go()
+    """Where an expert comes to who takes the zone to be elsewhere, at a time in the last part of that."""
     angle, distance = rng.uniform(-np.pi, np.pi), rng.uniform(0.0, ATTEMPT_ENDS)
-    objects = state.objects.copy()
-    objects[slot, :2] = zone.x + distance * np.cos(angle), zone.y + distance * np.sin(angle)
-    over = objects[slot] + [*rng.normal(0.0, ATTEMPT_OFFSET, size=2), rng.uniform(*ATTEMPT_HEIGHTS)]
-    others = np.delete(objects, slot, axis=0)
-    if np.linalg.norm(others[:, :2] - objects[slot, :2], axis=1).min() < CLEAR_OF_OTHERS:
-        return state
-    q = state.q
-    for _ in range(ATTEMPT_PERIODS):
-        q = step_towards(kinematics, q, over - kinematics.place(q)[0], period)
-    return replace(state, q=q, objects=objects)
+    zone = episode.scene.place_to_go()
+    elsewhere = replace(zone, x=zone.x + distance * np.cos(angle), y=zone.y + distance * np.sin(angle))
+    misled = replace(episode, scene=replace(episode.scene, zone=elsewhere))
+    longest = round(TASKS[episode.task].seconds / period)
+    path, travelling = [state], 0
+    for passed, _, way in islice(_noisy_path(misled, kinematics, state, period, -1, rng), longest):
+        path.append(passed)
+        travelling = len(path) if way > _ARRIVED_STEP else travelling
+        if len(path) > travelling + _PAUSE:
+            break
+    return path[int(rng.integers(max(0, len(path) - 2 * _PAUSE), len(path)))]
 
 
 def task_shares(robot: Robot, mix: Mapping[str, float] | None) -> dict[str, float]:

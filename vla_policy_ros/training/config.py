@@ -50,7 +50,7 @@ class TabletopData(Section):
         0.0, ge=0.0, le=1.0, description="Share of the states on the path of any of a scene's episodes, not on the first one's."
     )
     attempted: float = Field(
-        0.0, ge=0.0, le=1.0, description='Share, where there is a zone, that begin with the tool over what shall go there, near it.'
+        0.0, ge=0.0, le=1.0, description='Share, where there is a zone, that begin after an attempt that was meant for elsewhere.'
     )
     visited: VisitedData | None = Field(None, description='Also examples from where a policy leads. None: only those of experts.')
 
