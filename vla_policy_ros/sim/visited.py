@@ -54,7 +54,7 @@ def visited_examples(robot: Robot, infer: Infer, seed: int, count: int, sampling
     """Yield ``count`` examples, rollout by rollout; the same policy, seed and sampling yield the same ones.
 
     ``sampling.strays`` is the share of the rollouts that follow any of a scene's episodes rather than the first; its ``arrived``
-    has no meaning here.
+    and ``attempted`` have no meaning here.
 
     Raises:
         RobotMismatch: the simulated arm cannot play the robot.

@@ -47,7 +47,7 @@ ARRIVED_DRIVING = 0.02
 """Distance of the object from the zone's middle, m, within which it is left there by a tool that does not drive it, and by one that
 does: what is on its way goes further in than it must lie."""
 CLEARANCE = 0.12
-"""Height above the object that the tool rises to at least once it has arrived, m: as high as it travels. There the hand hides
+"""Height above the object that the tool rises to at least once it has arrived, m: higher than it travels. There the hand hides
 nothing, and from there another attempt looks like the first one; just above the object, it and leaving things as they are would
 differ by half a second."""
 FINGERS = 0.005
