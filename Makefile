@@ -43,7 +43,7 @@ bench: setup  ## measure what each stage costs on this machine
 	@$(RUN) python benchmarks/stages.py $(ARGS)
 
 # Hours: each part goes on where an interrupt left it. Two processes share the steps of all but the first.
-checkpoint: setup  ## train the shipped checkpoint from nothing, into runs/tabletop_revisited/checkpoint
+checkpoint: setup  ## train checkpoints/tabletop anew from nothing, into runs/tabletop_revisited/checkpoint
 	@$(RUN) export OMP_NUM_THREADS=1; vla-policy train tabletop_perception && \
 	$(call TRAIN,tabletop tabletop_push tabletop_visited tabletop_revisited)
 

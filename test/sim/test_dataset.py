@@ -169,7 +169,7 @@ def test_states_after_an_attempt_show_what_lies_near_its_zone():
         away = [np.linalg.norm(first.labels.points[:3, :2] - first.labels.points[3, :2], axis=1).min() for first in firsts]
         heights = [kinematics.place(first.observation.state[:7])[0][2] for first in firsts]
         short.append(np.mean([0.04 < distance < 0.1 and height > 0.1 for distance, height in zip(away, heights, strict=True)]))
-    assert short[0] == 0.0 and short[1] > 0.05, short
+    assert short[0] < 0.02 and short[1] > 0.05, short
 
 
 @pytest.mark.parametrize(

@@ -5,18 +5,19 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from vla_policy_ros.robot import load_robot
 from vla_policy_ros.sim import visited
-from vla_policy_ros.sim.dataset import SCENE_SEED_BASE, SCENES_PER_SEED, RobotMismatch, Sampling
+from vla_policy_ros.sim.dataset import SCENE_SEED_BASE, SCENES_PER_SEED, RobotMismatch, Sampling, expert_actions
 from vla_policy_ros.sim.expert import ArmKinematics
 from vla_policy_ros.sim.scene import sample_scene
-from vla_policy_ros.sim.tasks.base import TRAINING
+from vla_policy_ros.sim.tasks.base import TRAINING, TaskState
 from vla_policy_ros.sim.tasks.push import ARRIVED
-from vla_policy_ros.sim.visited import visited_examples
+from vla_policy_ros.sim.visited import _PER_ROLLOUT, visited_examples
 from vla_policy_ros.types import ActionChunk, Observation
 
 ROBOTS = Path(__file__).parents[2] / 'config/robots'
@@ -88,19 +89,39 @@ def test_pushed_things_are_where_physics_puts_them() -> None:
     assert moved > 0.05, 'the expert takes its turns, so that something is pushed'
 
 
-def test_some_cubes_are_left_beside_their_zone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An expert knows when it has arrived, and who learns from it alone never sees what to do about having been wrong."""
-    monkeypatch.setattr(visited, 'MISLED_SHARE', 1.0)
-    kinematics, left = ArmKinematics(), [0.0]
-    for example in visited_examples(ROBOT, Turning(0.0), seed=5, count=300, sampling=Sampling(mix={'push': 1.0})):
+@pytest.mark.parametrize(('misled', 'least', 'most'), [(0.0, 0.0, 0.001), (1.0, 0.005, 0.06)])
+def test_only_a_misled_expert_plays_on_places_that_are_wrong(
+    misled: float, least: float, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    believed: list[np.ndarray] = []
+
+    def watched(kinematics: ArmKinematics, state: TaskState, *more: Any) -> np.ndarray:
+        believed.append(state.objects[:, :2])
+        return expert_actions(kinematics, state, *more)
+
+    monkeypatch.setattr(visited, 'expert_actions', watched)
+    made = list(visited_examples(ROBOT, Turning(0.9), seed=3, count=45, sampling=Sampling(mix={'reach': 1.0}, misled=misled)))
+    true = [example.labels.points[:3, :2] for example in made]
+    # Nobody moves anything in a reach, so that the nearest scene is the one that was played.
+    wrong = [min(np.abs(objects - places).max() for places in true) for objects in believed]
+    kept = [value for value in wrong if value < 0.06]
+    assert len(kept) > 20 and least <= np.median(kept) <= most, sorted(wrong)
+
+
+@pytest.mark.parametrize('misled', [0.0, 1.0])
+def test_a_misled_expert_answers_rightly(misled: float) -> None:
+    """Over a cube that has been pushed, another attempt comes down where it is needed, and only there."""
+    kinematics, looked = ArmKinematics(), 0
+    for example in visited_examples(ROBOT, Turning(0.0), seed=5, count=240, sampling=Sampling(mix={'push': 1.0}, misled=misled)):
         sentence, points = example.observation.instruction, example.labels.points
-        scene = sample_scene(example.scene_id // 64 * 64, replace(TRAINING.scene, zone=True))
+        scene = sample_scene(example.scene_id // _PER_ROLLOUT * _PER_ROLLOUT, replace(TRAINING.scene, zone=True))
+        start, end = (kinematics.place(q[:7])[0][2] for q in (example.observation.state, example.actions[-1]))
         for slot, spec in enumerate(scene.objects):
             away, gone = (np.linalg.norm(points[slot, :2] - place) for place in (points[3, :2], [spec.x, spec.y]))
-            high = kinematics.place(example.observation.state[:7])[0][2] > 0.12
-            if spec.name in sentence and high and gone > 0.05 and away < 0.1:
-                left.append(float(away))
-    assert max(left) > ARRIVED, left
+            if spec.name in sentence and ('zone' in sentence or 'circle' in sentence) and start > 0.12 and gone > 0.05 > away:
+                looked += 1
+                assert (end < start - 0.04) == (away > ARRIVED), (away, start, end)
+    assert looked > 0
 
 
 def test_what_cannot_be_played_is_refused() -> None:

@@ -60,13 +60,17 @@ class Sampling:
             sentence is also answered from where another one has led.
         attempted: share of the states of tasks with a zone that begin where an attempt ends (or nearly) that was meant for a place
             beside the zone, within `ATTEMPT_ENDS`. Otherwise experts, who succeed, leave hardly any such state, and that an attempt
-            has been made would be all there is to know about whether it has succeeded.
+            has been made would be all there is to know about whether it has succeeded. From there the path goes on, to the true
+            zone.
+        misled: only of `visited`: share of the rollouts in which the expert takes objects to lie elsewhere while it plays, so that
+            it leaves them beside where they should go.
     """
 
     mix: Mapping[str, float] | None = None
     arrived: float | None = None
     strays: float = 0.0
     attempted: float = 0.0
+    misled: float = 0.0
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.mix or () if name not in TASKS]
@@ -209,7 +213,7 @@ def _scene_examples(
 def _after_an_attempt(
     episode: Episode, kinematics: ArmKinematics, state: TaskState, period: float, rng: np.random.Generator
 ) -> TaskState:
-    """Where an expert comes to who takes the zone to be elsewhere, at a time in the last part of that."""
+    """Where an expert comes to who takes the zone to be elsewhere, at a time in the last part of that; ``period`` in s."""
     angle, distance = rng.uniform(-np.pi, np.pi), rng.uniform(0.0, ATTEMPT_ENDS)
     zone = episode.scene.place_to_go()
     elsewhere = replace(zone, x=zone.x + distance * np.cos(angle), y=zone.y + distance * np.sin(angle))

@@ -3,7 +3,7 @@
 A scene is played in physics, by a policy that is not done learning and by the expert in turns. At some of its looks the picture
 is kept, and the expert's chunk is computed for every episode of the scene, as in `dataset`. So a policy learns what to do about
 its own mistakes, which the paths of an expert do not show, and about how objects really move when they are pushed. Where the expert
-plays, it is now and then misled about where things lie; what it answers never is.
+plays, it may be misled about where things lie (`Sampling.misled`); what it answers never is.
 
 Enters: a robot file, a policy, a seed. Leaves: `Example`s. One thread (see `world`).
 """
@@ -40,8 +40,6 @@ EXECUTED = 4
 KEPT_SHARE = 0.3
 """Of the looks, those whose picture is kept."""
 LOOKS_AFTER_SUCCESS = 3
-MISLED_SHARE = 0.5
-"""Of the rollouts, those whose expert is misled: it leaves things where no expert would, and the labels say how to mend that."""
 MISLED = 0.015
 """How far from its place a misled expert takes an object to lie, m, standard deviation per axis, the same for a whole rollout."""
 # Beyond its table a robot meets nothing that it could learn from, m.
@@ -74,7 +72,7 @@ def _stream(robot: Robot, infer: Infer, seed: int, count: int, sampling: Samplin
             scene_id = SCENE_SEED_BASE + seed * SCENES_PER_SEED + first
             rng = np.random.default_rng([scene_id, 1])
             episodes, played = draw_episodes(shares, sampling.strays, scene_id, rng)
-            rollout = _Rollout(arm, kinematics, robot, infer, episodes, played, scene_id)
+            rollout = _Rollout(arm, kinematics, robot, infer, episodes, played, scene_id, sampling.misled)
             for example in rollout.examples(rng):
                 if made == count:
                     return
@@ -91,12 +89,15 @@ class _Rollout:
     episodes: Sequence[Episode]
     played: Episode
     scene_id: int
+    misled: float
 
     def examples(self, rng: np.random.Generator) -> Iterator[Example]:
         arm, task, kept, done = self.arm, TASKS[self.played.task], 0, 0
         # From all by the policy to all by the expert, so that states late in a task are visited before the policy can do it.
         expert_share = rng.random()
-        misled = rng.normal(0.0, MISLED, (len(self.played.scene.objects), 2)) * (rng.random() < MISLED_SHARE)
+        wrong = np.zeros((len(self.played.scene.objects), 3))
+        if self.misled > 0.0 and rng.random() < self.misled:
+            wrong[:, :2] = rng.normal(0.0, MISLED, wrong[:, :2].shape)
         arm.reset(self.played.scene)
         for _ in range(round(task.seconds / (EXECUTED * self.robot.action.period))):
             state, velocity = self._state()
@@ -110,8 +111,8 @@ class _Rollout:
             done = done + 1 if task.measure(arm.world, self.played).success else 0
             if done > LOOKS_AFTER_SUCCESS:
                 return
-            expert_sees = replace(state, objects=state.objects + np.pad(misled, ((0, 0), (0, 1))))
-            for action in self._actions(expert_sees, rng.random() < expert_share):
+            seen = replace(state, objects=state.objects + wrong)
+            for action in self._actions(seen, rng.random() < expert_share):
                 arm.follow(action)
 
     def _state(self) -> tuple[TaskState, NDArray[np.float64]]:

@@ -32,6 +32,9 @@ class VisitedData(Section):
     strays: float = Field(
         0.0, ge=0.0, le=1.0, description="Share of the rollouts that follow any of a scene's episodes, not the first one."
     )
+    misled: float = Field(
+        0.0, ge=0.0, le=1.0, description='Share of the rollouts whose expert takes objects to lie 1.5 cm elsewhere while it plays.'
+    )
 
 
 class TabletopData(Section):

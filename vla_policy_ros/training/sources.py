@@ -37,7 +37,7 @@ def open_data(config: TrainingConfig, robot: Robot, processor: MapAnythingLlava3
 
 def _tabletop(data: TabletopData, run: Path, robot: Robot, processor: MapAnythingLlava3DProcessor) -> TrainingData:
     folder = data.folder or run / 'examples'
-    drawn = {name: value for name in SAMPLING if (value := getattr(data, name))}
+    drawn = {name: value for name in SAMPLING if (value := getattr(data, name, None))}
     by_experts = ExampleMaker(robot, processor, folder, drawn)
     training = by_experts.training(data.examples, data.seed)
     if data.visited is not None:

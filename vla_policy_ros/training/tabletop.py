@@ -27,7 +27,7 @@ VISITED_SHARD = 11_000
 GENERATOR_VERSION = 12
 """Raise it with every change of what the simulator draws or its experts do: files of an older version are then made again."""
 
-SAMPLING = ('mix', 'arrived', 'strays', 'attempted')
+SAMPLING = ('mix', 'arrived', 'strays', 'attempted', 'misled')
 """What `sim.dataset.Sampling` can be told."""
 
 
