@@ -6,10 +6,9 @@ A frame is found by its time in the file, not by counting, so that a file that b
 from __future__ import annotations
 
 import os
-import sys
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -107,8 +106,7 @@ class VideoWriter:
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, self.pixel_format
         self._stream.time_base = self._stream.codec_context.time_base = Fraction(1, fps)
         self._stream.codec_context.thread_count = 1
-        with _usual_scheduling():
-            self._stream.codec_context.open()
+        _open(self._stream.codec_context)
 
     def add(self, rgb: NDArray[np.uint8]) -> None:
         """Append a frame. Raises VideoError for one of another size."""
@@ -134,29 +132,24 @@ class VideoWriter:
         self._container.close()
 
 
-@contextmanager
-def _usual_scheduling() -> Iterator[None]:
-    """Undo what SVT-AV1 does when root opens it: it makes the calling thread and its own ones real-time (SCHED_FIFO, the highest
-    priority), which starves all else on the machine, and everything that the caller starts afterwards inherits it."""
-    if not sys.platform.startswith('linux'):
-        yield
-        return
-    before = _scheduling()
-    own = before[threading.get_native_id()]
-    try:
-        yield
-    finally:
-        for thread, made in _scheduling().items():
-            wanted = before.get(thread, own)
-            if made != wanted:
-                with suppress(ProcessLookupError):
-                    os.sched_setscheduler(thread, wanted[0], os.sched_param(wanted[1]))
+def _open(codec: Any) -> None:
+    """Open an encoder and leave the scheduling of this process as it is.
+
+    SVT-AV1, opened by root, makes the calling thread and its own ones real-time (SCHED_FIFO, the highest priority). That starves
+    the rest of the machine, and whatever the caller starts afterwards inherits it; the C library remembers it even where the kernel
+    has been told otherwise. So the caller is a thread that ends at once, and the encoder's are reset.
+    """
+    before = _threads()
+    with ThreadPoolExecutor(1) as passing:
+        passing.submit(codec.open).result()
+    if hasattr(os, 'sched_setscheduler'):
+        policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+        for thread in _threads() - before:
+            with suppress(ProcessLookupError):
+                os.sched_setscheduler(thread, policy, parameters)
 
 
-def _scheduling() -> dict[int, tuple[int, int]]:
-    """Policy and priority of each thread of this process."""
-    found = {}
-    for thread in map(int, os.listdir('/proc/self/task')):
-        with suppress(ProcessLookupError):
-            found[thread] = os.sched_getscheduler(thread), os.sched_getparam(thread).sched_priority
-    return found
+def _threads() -> set[int]:
+    """Of this process, as Linux numbers them; elsewhere none."""
+    tasks = Path('/proc/self/task')
+    return {int(task.name) for task in tasks.iterdir()} if tasks.is_dir() else set()
