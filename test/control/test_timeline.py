@@ -167,6 +167,13 @@ def test_a_clock_jump_forgets_everything_and_waits_for_the_last_trajectory_to_re
         assert loop.timeline.settled, back
 
 
+def test_chunks_while_the_clock_stands_still_have_no_rate(tools: Any) -> None:
+    timeline = Loop(tools).timeline
+    for _ in range(2):
+        timeline.refused()
+    assert timeline.chunk_rate(timeline.now_ns, 5.0) == 0.0
+
+
 def test_a_small_step_back_stands_still(tools: Any) -> None:
     loop = Loop(tools)
     now = loop.timeline.now_ns

@@ -17,11 +17,12 @@ import pytest
 from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
+from vla_policy_ros.control.timeline import rate
 from vla_policy_ros.demo.captions import RunCaptions
 from vla_policy_ros.demo.processes import Child, ChildError, free_domain, ros_environment
 from vla_policy_ros.demo.reaches import Reach, Sample, judge, plan_reaches
 from vla_policy_ros.demo.results import prepare_folder
-from vla_policy_ros.demo.summary import Recorded, percentiles, rate, state_seconds, summarise
+from vla_policy_ros.demo.summary import Recorded, percentiles, state_seconds, summarise
 from vla_policy_ros.demo.video import write_video
 from vla_policy_ros.types import NS_PER_S
 

@@ -11,6 +11,7 @@ Enters: the clock, chunks with what the planner made of them. Leaves: plans, kno
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -188,7 +189,14 @@ class Timeline:
         """Chunks per second achieved of late; 0 after a pause of three expected periods."""
         times = self._chunk_times
         stale = not times or now_ns - times[-1] > 3 * NS_PER_S / expected_hz
-        return 0.0 if stale or len(times) < 2 else (len(times) - 1) * NS_PER_S / (times[-1] - times[0])
+        return 0.0 if stale else rate(times)
+
+
+def rate(times_ns: Sequence[int]) -> float:
+    """Mean rate of events, Hz; 0 for fewer than two, and where no time passed, as on a simulated clock that stands still."""
+    if len(times_ns) < 2 or times_ns[-1] <= times_ns[0]:
+        return 0.0
+    return (len(times_ns) - 1) * NS_PER_S / (times_ns[-1] - times_ns[0])
 
 
 def _distance(motion: CommandedMotion, positions: Array, stamp_ns: int) -> float:

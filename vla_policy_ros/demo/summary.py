@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from rosbags.highlevel import AnyReader
 
+from vla_policy_ros.control.timeline import rate
 from vla_policy_ros.demo.reaches import ReachResult
 from vla_policy_ros.types import NS_PER_S
 
@@ -103,13 +104,6 @@ def summarise(recorded: Recorded, status: Any, report: Mapping[str, Any], reache
         'checkpoint_hash': status.checkpoint_hash,
         'stats_hash': status.stats_hash,
     }
-
-
-def rate(times_ns: Sequence[int]) -> float:
-    """Mean rate of events, Hz; 0 for fewer than two."""
-    if len(times_ns) < 2 or times_ns[-1] <= times_ns[0]:
-        return 0.0
-    return (len(times_ns) - 1) * NS_PER_S / (times_ns[-1] - times_ns[0])
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float | None]:
