@@ -17,7 +17,7 @@ RUN = export PATH="$(VENV)/bin:$$PATH" AMENT_PREFIX_PATH="$(VENV)" \
 # Parts of a training, each from the checkpoint of the one before, by two processes that share its steps.
 TRAIN = for part in $(1); do torchrun --standalone --nproc-per-node 2 --no-python vla-policy train $$part || exit; done
 
-.PHONY: help setup demo test test-dds test-others lint bench checkpoint gripper colcon clean
+.PHONY: help setup demo test lint bench checkpoint gripper colcon clean
 
 help:  ## list the commands
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -28,20 +28,13 @@ setup:  ## create or update .venv (PYTHON=/path/to/python chooses the interprete
 demo: setup  ## simulator and policy in a closed loop (ARGS='--headless --seconds 30 --json d.json')
 	@$(RUN) vla-policy demo $(ARGS)
 
-# Tests that talk over DDS mostly wait, and measure time: they come first, one by one, and the others take what they leave.
+# All tests: on every core, but for those that talk over DDS, which measure time and get the machine to themselves.
 test: setup  ## run the tests (ARGS='-k packaging')
 ifeq ($(strip $(ARGS)),)
-	@echo 'tests without DDS run beside those that follow; their report comes at the end'
-	@failed=0; $(MAKE) --no-print-directory -k -j 2 test-dds test-others || failed=1; cat .venv/.setup/tests.log; exit $$failed
+	@$(RUN) export OMP_NUM_THREADS=1; python -m pytest -n logical --dist loadfile -m 'not dds' && python -m pytest -m dds
 else
 	@$(RUN) export OMP_NUM_THREADS=1; python -m pytest $(ARGS)
 endif
-
-test-dds:
-	@$(RUN) export OMP_NUM_THREADS=1; python -m pytest -m dds
-
-test-others:
-	@$(RUN) export OMP_NUM_THREADS=1; nice -n 19 python -m pytest -n logical --dist loadfile -m 'not dds' >.venv/.setup/tests.log 2>&1
 
 lint: setup  ## ruff and mypy
 	@$(RUN) ruff check . && mypy

@@ -157,6 +157,7 @@ def test_after_deactivation_it_brakes_and_then_is_silent(robot: FakeRobot, start
     data = np.array([data for _, data in arm.commands[first:]])
     moving = np.flatnonzero(np.abs(np.diff(data, axis=0)).max(axis=1) > 0)
     assert len(moving) and moving[-1] < 60, 'braking is streamed, and takes no longer than a brake'
+    robot.spin(0.1)  # what was on its way
     count = len(arm.commands)
     robot.spin(0.5)
     assert len(arm.commands) == count

@@ -31,8 +31,6 @@ from vla_policy_ros.sim.requests import episode_request
 from vla_policy_ros.sim.tasks import TASKS, Conditions
 from vla_policy_ros.sim.world import TabletopWorld
 
-pytestmark = pytest.mark.dds
-
 LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 TOPIC = '/joint_trajectory_controller/joint_trajectory'
 SEED = 3
