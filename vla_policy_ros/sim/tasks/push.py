@@ -1,8 +1,9 @@
 """Pushing: the named cube ends in the coloured zone.
 
-The expert is memoryless: the tool belongs behind the object, on the line from the zone through its centre. From elsewhere it is
-drawn there from above, down a funnel; behind the object and low enough, it drives forward and steers back to the line. Once the
-object lies in the zone, the tool rises.
+The expert is memoryless: the tool belongs behind the object, on the line from the zone through its centre, and the side of the
+hand with the wrist camera first. With the camera behind, the hand would hide the object from it, and the arm often from the other
+camera. From elsewhere the tool is drawn there from above, down a funnel, while the hand turns; behind the object, low enough and
+turned, it drives forward and steers back to the line. Once the object lies in the zone, the tool rises.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from vla_policy_ros.sim.expert import MAX_TOOL_SPEED, ArmKinematics, funnel, step_towards
+from vla_policy_ros.sim.expert import MAX_TOOL_SPEED, TRAVEL_CLEARANCE, ArmKinematics, step_towards
 from vla_policy_ros.sim.instructions import instruction_for
 from vla_policy_ros.sim.scene import ZONE_RADIUS, ObjectSpec, Scene, Zone, sample_scene
 from vla_policy_ros.sim.tasks.base import TRAINING, Conditions, Episode, Outcome, TaskState
@@ -30,20 +31,23 @@ HELD_OUT_TEMPLATES = (
     'take the {} and push it into the {} zone',
 )
 
-TOOL_HEIGHT = 0.018
+TOOL_HEIGHT = 0.014
 TOOL_RADIUS = 0.015
-BEHIND = 0.045
+BEHIND = 0.055
 FLOOR_RADIUS = 0.03
+STEEPNESS = 1.5
+"""How high above its working height the tool travels, m per m of distance beyond `FLOOR_RADIUS` from its place behind the object:
+steep enough to be well above the object while it passes over it."""
 CARROT = 0.1
 LOW = (0.038, 0.05)
 LINE = (0.02, 0.055)
 NEAR = (BEHIND + 0.02, BEHIND + 0.04)
 PRESSED = (0.03, 0.04)
 """Height, distance from the line and from the object, m, up to which the tool drives forward, and from which it goes back."""
-DESCENT = 0.8
+DESCENT = 0.5
 """How much higher it may be, m per m of distance from the object: it comes down as it drives."""
-ARRIVED = 0.035
-ARRIVED_DRIVING = 0.02
+ARRIVED = 0.03
+ARRIVED_DRIVING = 0.01
 """Distance of the object from the zone's middle, m, within which it is left there by a tool that does not drive it, and by one that
 does: what is on its way goes further in than it must lie."""
 CLEARANCE = 0.12
@@ -52,12 +56,18 @@ nothing, and from there another attempt looks like the first one; just above the
 differ by half a second."""
 FINGERS = 0.005
 """Distance of each finger of a gripper from the middle, m: nearly closed, so that no finger comes down on a cube."""
+SIGHTED = (1.0, 1.4)
+"""Angle, rad, between the push and the side of the hand that the wrist camera is on, up to which the camera sees the object before
+the tool, and from which it does not."""
+WAITING = 0.08
+"""How much higher the tool waits behind the object until the camera sees it, m."""
 PUSH_SPEED = 0.3
 TURN_SPEED = 1.5
 """rad/s: a quicker turn of the hand would leave the rest of the arm no time to travel."""
 SUCCESS_DISTANCE = 0.04
 MOVED = 0.05
 _STEERING = 1.5
+_LIMIT_MARGIN = 0.1
 _EPISODE = 7
 
 
@@ -89,9 +99,10 @@ class Push:
         slot = episode.targets[0]
         spec, zone = episode.scene.objects[slot], episode.scene.place_to_go()
         tool, _ = kinematics.place(state.q)
-        ahead = np.array([zone.x, zone.y]) - state.objects[slot][:2]
-        way, speed = _way(tool, state.objects[slot], spec, zone)
-        q = step_towards(kinematics, state.q, way, period, speed, _turn(kinematics.heading(), ahead, TURN_SPEED * period))
+        off, turn = _turn(kinematics, state.q, np.array([zone.x, zone.y]) - state.objects[slot][:2])
+        way, speed = _way(tool, state.objects[slot], spec, zone, off)
+        most = TURN_SPEED * period
+        q = step_towards(kinematics, state.q, way, period, speed, min(most, max(-most, turn)))
         objects = state.objects.copy()
         objects[slot] = _carried(kinematics.place(q)[0], objects[slot], spec)
         finger = state.finger_towards(FINGERS, period)
@@ -127,8 +138,10 @@ def _contact(spec: ObjectSpec) -> float:
     return spec.size[0] * 1.13 + TOOL_RADIUS
 
 
-def _way(tool: NDArray[np.float64], centre: NDArray[np.float64], spec: ObjectSpec, zone: Zone) -> tuple[NDArray[np.float64], float]:
-    """Way ``[3]`` for the tool, and its speed limit, m/s.
+def _way(
+    tool: NDArray[np.float64], centre: NDArray[np.float64], spec: ObjectSpec, zone: Zone, off: float
+) -> tuple[NDArray[np.float64], float]:
+    """Way ``[3]`` for the tool, and its speed limit, m/s; ``off`` is the angle, rad, between the push and the wrist camera's side.
 
     Up once the object has arrived. Else two ways, to the place behind the object and forward with it, and a share of each that
     changes little from one centimetre to the next: who sees the scene a little wrong, as a policy does, still does nearly the right
@@ -141,11 +154,13 @@ def _way(tool: NDArray[np.float64], centre: NDArray[np.float64], spec: ObjectSpe
     beside = relative - float(relative @ ahead) * ahead
     gap = -float(relative @ ahead) - _contact(spec)
     behind = centre[:2] - ahead * (_contact(spec) + BEHIND)
-    back = funnel(tool, np.array([*behind, TOOL_HEIGHT]), FLOOR_RADIUS)
+    sighted = _falling(abs(off), *SIGHTED)
+    back = np.array([*behind, TOOL_HEIGHT + (1.0 - sighted) * WAITING]) - tool
+    back[2] += min(TRAVEL_CLEARANCE, STEEPNESS * max(0.0, float(np.hypot(*back[:2])) - FLOOR_RADIUS))
     forward = min(max(0.0, gap) + remaining, CARROT) * ahead - _STEERING * beside
     drive = np.array([*forward, TOOL_HEIGHT - tool[2]])
     height, off_line = tool[2] - DESCENT * max(0.0, gap), float(np.linalg.norm(beside))
-    share = _falling(height, *LOW) * _falling(off_line, *LINE) * _falling(gap, *NEAR) * _falling(-gap, *PRESSED)
+    share = sighted * _falling(height, *LOW) * _falling(off_line, *LINE) * _falling(gap, *NEAR) * _falling(-gap, *PRESSED)
     if remaining < share * ARRIVED_DRIVING + (1.0 - share) * ARRIVED:
         return np.array([0.0, 0.0, max(0.0, 2 * spec.half_height + CLEARANCE - tool[2])]), MAX_TOOL_SPEED
     return share * drive + (1.0 - share) * back, share * PUSH_SPEED + (1.0 - share) * MAX_TOOL_SPEED
@@ -156,12 +171,17 @@ def _falling(value: float, low: float, high: float) -> float:
     return min(1.0, max(0.0, (high - value) / (high - low)))
 
 
-def _turn(heading: NDArray[np.float64], ahead: NDArray[np.float64], most: float) -> float:
-    """Angle, rad, at most a quarter turn and ``most``, that brings the fingers' line across the push; none within `ARRIVED`."""
+def _turn(kinematics: ArmKinematics, q: NDArray[np.float64], ahead: NDArray[np.float64]) -> tuple[float, float]:
+    """Angle, rad, between the push and the wrist camera's side of the hand, and the turn that makes up for it, or nearly so where
+    the last joint ends, the shorter way round; no turn within `ARRIVED`. ``q`` is that of the last `ArmKinematics.place`."""
+    heading = kinematics.heading()
+    off = float(np.arctan2(ahead[1], ahead[0]) - np.arctan2(heading[1], heading[0]) + np.pi) % (2 * np.pi) - np.pi
     if float(np.linalg.norm(ahead)) < ARRIVED:
-        return 0.0
-    angle = np.arctan2(ahead[1], ahead[0]) - np.arctan2(heading[1], heading[0])
-    return float(np.clip((angle + np.pi / 2) % np.pi - np.pi / 2, -most, most))
+        return off, 0.0
+    # The hand hangs upside down: a turn to the left about the vertical lowers the last joint.
+    least, greatest = q[-1] - kinematics.upper[-1] + _LIMIT_MARGIN, q[-1] - kinematics.lower[-1] - _LIMIT_MARGIN
+    ways = [(float(np.clip(angle, least, greatest)), angle) for angle in (off, off - 2 * np.pi, off + 2 * np.pi)]
+    return off, min((turn for turn, angle in ways if abs(angle - turn) < SIGHTED[0] - 0.1), key=abs)
 
 
 def _carried(tool: NDArray[np.float64], centre: NDArray[np.float64], spec: ObjectSpec) -> NDArray[np.float64]:
