@@ -120,7 +120,7 @@ def test_a_misled_expert_answers_rightly(misled: float) -> None:
             away, gone = (np.linalg.norm(points[slot, :2] - place) for place in (points[3, :2], [spec.x, spec.y]))
             if spec.name in sentence and ('zone' in sentence or 'circle' in sentence) and start > 0.12 and gone > 0.05 > away:
                 looked += 1
-                assert (end < start - 0.02) == (away > ARRIVED), (away, start, end)
+                assert (end < start - 0.035) == (away > ARRIVED), (away, start, end)
     assert looked > 0
 
 

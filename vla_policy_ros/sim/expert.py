@@ -126,9 +126,12 @@ def step_towards(
     return stepped
 
 
-def funnel(position: NDArray[np.float64], goal: NDArray[np.float64], radius: float = ARRIVAL_RADIUS) -> NDArray[np.float64]:
-    """Way ``[3]`` from the tool to where it should head: a point above the goal, or the goal itself within ``radius`` (m)."""
+def funnel(
+    position: NDArray[np.float64], goal: NDArray[np.float64], radius: float = ARRIVAL_RADIUS, steepness: float = 1.0
+) -> NDArray[np.float64]:
+    """Way ``[3]`` from the tool to where it should head: the goal itself within ``radius`` (m), else a point above it, higher by
+    ``steepness`` m per m of horizontal distance beyond ``radius``, and by `TRAVEL_CLEARANCE` at most."""
     offset = goal - position
     remaining = float(np.hypot(offset[0], offset[1]))
-    offset[2] += min(TRAVEL_CLEARANCE, max(0.0, remaining - radius))
+    offset[2] += min(TRAVEL_CLEARANCE, steepness * max(0.0, remaining - radius))
     return offset

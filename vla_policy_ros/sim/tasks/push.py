@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from vla_policy_ros.sim.expert import MAX_TOOL_SPEED, TRAVEL_CLEARANCE, ArmKinematics, step_towards
+from vla_policy_ros.sim.expert import MAX_TOOL_SPEED, ArmKinematics, funnel, step_towards
 from vla_policy_ros.sim.instructions import instruction_for
 from vla_policy_ros.sim.scene import ZONE_RADIUS, ObjectSpec, Scene, Zone, sample_scene
 from vla_policy_ros.sim.tasks.base import TRAINING, Conditions, Episode, Outcome, TaskState
@@ -67,7 +67,10 @@ TURN_SPEED = 1.5
 SUCCESS_DISTANCE = 0.04
 MOVED = 0.05
 _STEERING = 1.5
+# Of the last joint, rad; and how far off the camera may stay where that joint ends: less than SIGHTED, and more than half of the
+# 0.7 rad that the joint lacks of a full circle, or there would be pushes that the hand cannot turn to.
 _LIMIT_MARGIN = 0.1
+_OFF_AT_LIMIT = 0.9
 _EPISODE = 7
 
 
@@ -155,8 +158,7 @@ def _way(
     gap = -float(relative @ ahead) - _contact(spec)
     behind = centre[:2] - ahead * (_contact(spec) + BEHIND)
     sighted = _falling(abs(off), *SIGHTED)
-    back = np.array([*behind, TOOL_HEIGHT + (1.0 - sighted) * WAITING]) - tool
-    back[2] += min(TRAVEL_CLEARANCE, STEEPNESS * max(0.0, float(np.hypot(*back[:2])) - FLOOR_RADIUS))
+    back = funnel(tool, np.array([*behind, TOOL_HEIGHT + (1.0 - sighted) * WAITING]), FLOOR_RADIUS, STEEPNESS)
     forward = min(max(0.0, gap) + remaining, CARROT) * ahead - _STEERING * beside
     drive = np.array([*forward, TOOL_HEIGHT - tool[2]])
     height, off_line = tool[2] - DESCENT * max(0.0, gap), float(np.linalg.norm(beside))
@@ -181,7 +183,7 @@ def _turn(kinematics: ArmKinematics, q: NDArray[np.float64], ahead: NDArray[np.f
     # The hand hangs upside down: a turn to the left about the vertical lowers the last joint.
     least, greatest = q[-1] - kinematics.upper[-1] + _LIMIT_MARGIN, q[-1] - kinematics.lower[-1] - _LIMIT_MARGIN
     ways = [(float(np.clip(angle, least, greatest)), angle) for angle in (off, off - 2 * np.pi, off + 2 * np.pi)]
-    return off, min((turn for turn, angle in ways if abs(angle - turn) < SIGHTED[0] - 0.1), key=abs)
+    return off, min((turn for turn, angle in ways if abs(angle - turn) < _OFF_AT_LIMIT), key=abs)
 
 
 def _carried(tool: NDArray[np.float64], centre: NDArray[np.float64], spec: ObjectSpec) -> NDArray[np.float64]:
