@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from vla_policy_ros.robot import Robot, load_robot
-from vla_policy_ros.sim.dataset import RobotMismatch, Sampling, examples
+from vla_policy_ros.sim.dataset import RobotMismatch, Sampling, _after_an_attempt, examples
 from vla_policy_ros.sim.expert import ArmKinematics
 from vla_policy_ros.sim.instructions import parse_instruction
 from vla_policy_ros.sim.scene import COLOURS, Variation, sample_scene
+from vla_policy_ros.sim.tasks import TASKS, TaskState
 
 ROBOT = load_robot(Path(__file__).parents[2] / 'config/robots/tabletop.yaml')
 
@@ -170,6 +171,20 @@ def test_states_after_an_attempt_show_what_lies_near_its_zone():
         heights = [kinematics.place(first.observation.state[:7])[0][2] for first in firsts]
         short.append(np.mean([0.04 < distance < 0.1 and height > 0.1 for distance, height in zip(away, heights, strict=True)]))
     assert short[0] < 0.02 and short[1] > 0.05, short
+
+
+def test_no_attempt_ends_while_its_hand_still_turns_before_the_push():
+    """A half turn behind the cube takes seconds in which the tool stands as it does after arrival."""
+    kinematics, moved = ArmKinematics(), []
+    for seed in range(40):
+        episode = TASKS['push'].training_episodes(seed)[0]
+        if episode.task != 'push':
+            continue
+        start = np.array([[spec.x, spec.y, spec.half_height] for spec in episode.scene.objects])
+        state = TaskState(episode.scene.start, start)
+        end = _after_an_attempt(episode, kinematics, state, ROBOT.action.period, np.random.default_rng(seed))
+        moved.append(np.linalg.norm(end.objects[episode.targets[0]] - start[episode.targets[0]]))
+    assert len(moved) > 20 and min(moved) > 0.005, sorted(moved)[:5]
 
 
 @pytest.mark.parametrize(

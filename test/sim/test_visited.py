@@ -110,7 +110,7 @@ def test_only_a_misled_expert_plays_on_places_that_are_wrong(
 
 @pytest.mark.parametrize('misled', [0.0, 1.0])
 def test_a_misled_expert_answers_rightly(misled: float) -> None:
-    """Over a cube that has been pushed, another attempt comes down where it is needed, and only there."""
+    """Over a pushed cube another attempt comes down where it is needed, and only there: the hand turns meanwhile."""
     kinematics, looked = ArmKinematics(), 0
     for example in visited_examples(ROBOT, Turning(0.0), seed=5, count=240, sampling=Sampling(mix={'push': 1.0}, misled=misled)):
         sentence, points = example.observation.instruction, example.labels.points

@@ -42,8 +42,10 @@ ATTEMPT_ENDS = 0.12
 MIX: dict[str, float] = {'reach': 0.5, 'reach_any': 0.1, 'push': 0.4, 'pick': 0.5, 'place': 0.5, 'reach_shape': 0.0}
 """Shares of the tasks among training scenes, of those that the robot can do."""
 
-# A tool that the expert moves by less than this in a period, m, has arrived; so long may it stand in between, periods.
+# A tool that the expert moves by less than this in a period, m, and a hand that it turns by less, rad, have arrived; so long may
+# they stand in between, periods.
 _ARRIVED_STEP = 0.008
+_ARRIVED_TURN = 0.03
 _PAUSE = 8
 # Height below which wobbles do not drive the finger tips, m.
 _TABLE_CLEARANCE = 0.004
@@ -220,9 +222,9 @@ def _after_an_attempt(
     misled = replace(episode, scene=replace(episode.scene, zone=elsewhere))
     longest = round(TASKS[episode.task].seconds / period)
     path, travelling = [state], 0
-    for passed, _, way in islice(_noisy_path(misled, kinematics, state, period, -1, rng), longest):
+    for passed, _, moves in islice(_noisy_path(misled, kinematics, state, period, -1, rng), longest):
         path.append(passed)
-        travelling = len(path) if way > _ARRIVED_STEP else travelling
+        travelling = len(path) if moves else travelling
         if len(path) > travelling + _PAUSE:
             break
     return path[int(rng.integers(max(0, len(path) - 2 * _PAUSE), len(path)))]
@@ -322,9 +324,9 @@ def _state_on_noisy_path(
     steps = longest if arrived is not None else int(rng.integers(1, longest))
     pushed_at = int(rng.integers(steps)) if rng.random() < PUSH_SHARE else -1
     path, travelling = [], 0
-    for index, (passed, velocity, way) in enumerate(_noisy_path(episode, kinematics, state, period, pushed_at, rng)):
+    for index, (passed, velocity, moves) in enumerate(_noisy_path(episode, kinematics, state, period, pushed_at, rng)):
         path.append((passed, velocity))
-        travelling = index + 1 if way > _ARRIVED_STEP else travelling
+        travelling = index + 1 if moves else travelling
         if len(path) == steps or (arrived is not None and len(path) > travelling + 3 * _PAUSE):
             break
     if arrived is None:
@@ -336,18 +338,20 @@ def _state_on_noisy_path(
 
 def _noisy_path(
     episode: Episode, kinematics: ArmKinematics, state: TaskState, period: float, pushed_at: int, rng: np.random.Generator
-) -> Iterator[tuple[TaskState, NDArray[np.float64], float]]:
-    """States, joint velocities ``[7]`` and how far the expert moved the tool (m), period by period, with a push at one of them."""
+) -> Iterator[tuple[TaskState, NDArray[np.float64], bool]]:
+    """States, joint velocities ``[7]`` and whether the expert has not arrived, period by period, with a push at one of them."""
     task, index = TASKS[episode.task], 0
     while True:
         before, stood = state.q, kinematics.place(state.q)[0]
         state = task.step(kinematics, state, episode, period)
-        velocity, way = (state.q - before) / period, float(np.linalg.norm(kinematics.place(state.q)[0] - stood))
+        step, way = state.q - before, float(np.linalg.norm(kinematics.place(state.q)[0] - stood))
+        # A hand that waits behind a cube until its camera sees it stands, and turns about the last joint.
+        moves = way > _ARRIVED_STEP or abs(float(step[-1])) > _ARRIVED_TURN
         q = state.q + rng.normal(0.0, WOBBLE_SIZE, size=7) * rng.random()
         if index == pushed_at:
             q = q + rng.normal(0.0, PUSH_SIZE, size=7)
         q = np.clip(q, kinematics.lower, kinematics.upper)
         # A wobble or a push that would have driven the finger tips into the table does not happen.
         state = state.moved(q if kinematics.place(q)[0][2] > _TABLE_CLEARANCE else before)
-        yield state, velocity, way
+        yield state, step / period, moves
         index += 1

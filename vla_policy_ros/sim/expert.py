@@ -54,7 +54,8 @@ class ArmKinematics:
         return self._data.site_xpos[self._tcp].copy(), self._data.site_xmat[self._tcp].reshape(3, 3)[:, 2].copy()
 
     def heading(self) -> NDArray[np.float64]:
-        """Horizontal direction ``[2]`` across the line of the fingers (the hand's x axis) at the positions of the last `place`."""
+        """Horizontal direction ``[2]`` across the line of the fingers, to the side of the wrist camera (the hand's x axis), at the
+        positions of the last `place`. Not of unit length where the hand is tilted."""
         return self._data.site_xmat[self._tcp].reshape(3, 3)[:2, 0].copy()
 
     def jacobian(self) -> NDArray[np.float64]:
@@ -129,7 +130,7 @@ def step_towards(
 def funnel(
     position: NDArray[np.float64], goal: NDArray[np.float64], radius: float = ARRIVAL_RADIUS, steepness: float = 1.0
 ) -> NDArray[np.float64]:
-    """Way ``[3]`` from the tool to where it should head: the goal itself within ``radius`` (m), else a point above it, higher by
+    """Way ``[3]`` (m) from the tool at ``position [3]`` to where it should head: ``goal [3]`` within ``radius``, else above it, by
     ``steepness`` m per m of horizontal distance beyond ``radius``, and by `TRAVEL_CLEARANCE` at most."""
     offset = goal - position
     remaining = float(np.hypot(offset[0], offset[1]))

@@ -24,7 +24,7 @@ VALIDATION_SHARD = 10_000
 """The shard of seed 0 that holds the validation examples; no training examples of any seed reach it."""
 VISITED_SHARD = 11_000
 """The first shard of a seed that holds states which a policy has visited."""
-GENERATOR_VERSION = 13
+GENERATOR_VERSION = 14
 """Raise it with every change of what the simulator draws or its experts do: files of an older version are then made again."""
 
 SAMPLING = ('mix', 'arrived', 'strays', 'attempted', 'misled')

@@ -32,9 +32,16 @@ HELD_OUT_TEMPLATES = (
 )
 
 TOOL_HEIGHT = 0.014
+"""Of the tool above the table while it pushes, m: low, so that who is a centimetre too high is behind the cube still, not on its
+edge."""
 TOOL_RADIUS = 0.015
+"""From the tool's axis to what touches the cube, m: the fingers. The palm, where a cube is so high, touches 1 cm earlier; only
+pictures of examples that were not played in physics show it."""
 BEHIND = 0.055
+"""Gap between the tool and the cube that is to be pushed at the place behind it, m: to come down there a few centimetres amiss is
+not to come down on the cube."""
 FLOOR_RADIUS = 0.03
+"""Distance from that place within which the tool comes down to its working height, m."""
 STEEPNESS = 1.5
 """How high above its working height the tool travels, m per m of distance beyond `FLOOR_RADIUS` from its place behind the object:
 steep enough to be well above the object while it passes over it."""
@@ -51,24 +58,26 @@ ARRIVED_DRIVING = 0.01
 """Distance of the object from the zone's middle, m, within which it is left there by a tool that does not drive it, and by one that
 does: what is on its way goes further in than it must lie."""
 CLEARANCE = 0.12
-"""Height above the object that the tool rises to at least once it has arrived, m: higher than it travels. There the hand hides
+"""Height above the object that the tool rises to at least once it has arrived, m: about as high as it travels. There the hand hides
 nothing, and from there another attempt looks like the first one; just above the object, it and leaving things as they are would
 differ by half a second."""
 FINGERS = 0.005
 """Distance of each finger of a gripper from the middle, m: nearly closed, so that no finger comes down on a cube."""
 SIGHTED = (1.0, 1.4)
-"""Angle, rad, between the push and the side of the hand that the wrist camera is on, up to which the camera sees the object before
-the tool, and from which it does not."""
+"""Angle, rad, between the push and the side of the hand that the wrist camera is on, up to which the tool drives, and from which it
+waits for the hand to turn: from behind a cube the camera shows it about that far."""
 WAITING = 0.08
 """How much higher the tool waits behind the object until the camera sees it, m."""
 PUSH_SPEED = 0.3
 TURN_SPEED = 1.5
-"""rad/s: a quicker turn of the hand would leave the rest of the arm no time to travel."""
+"""Turn that is wished for at most, rad/s; of it the hand makes `expert.APPROACH_RATE`'s share of a period, 0.6 rad/s at 0.1 s, as
+quick as a joint goes. A half turn takes five of the ten seconds."""
 SUCCESS_DISTANCE = 0.04
 MOVED = 0.05
 _STEERING = 1.5
-# Of the last joint, rad; and how far off the camera may stay where that joint ends: less than SIGHTED, and more than half of the
-# 0.7 rad that the joint lacks of a full circle, or there would be pushes that the hand cannot turn to.
+# Of the last joint, rad, more than the expert keeps anyway; and how far off the camera may stay where that joint ends: less than
+# SIGHTED, and more than half of the 0.7 rad that the joint lacks of a full circle, or there would be pushes that the hand cannot
+# turn to.
 _LIMIT_MARGIN = 0.1
 _OFF_AT_LIMIT = 0.9
 _EPISODE = 7
@@ -144,7 +153,8 @@ def _contact(spec: ObjectSpec) -> float:
 def _way(
     tool: NDArray[np.float64], centre: NDArray[np.float64], spec: ObjectSpec, zone: Zone, off: float
 ) -> tuple[NDArray[np.float64], float]:
-    """Way ``[3]`` for the tool, and its speed limit, m/s; ``off`` is the angle, rad, between the push and the wrist camera's side.
+    """Way ``[3]`` (m) for the ``tool [3]``, and its speed limit, m/s; ``centre [3]`` is the object's, all in the base frame, m, and
+    ``off`` the angle, rad, from the wrist camera's side to the push, as `_turn` gives it.
 
     Up once the object has arrived. Else two ways, to the place behind the object and forward with it, and a share of each that
     changes little from one centimetre to the next: who sees the scene a little wrong, as a policy does, still does nearly the right
@@ -174,8 +184,11 @@ def _falling(value: float, low: float, high: float) -> float:
 
 
 def _turn(kinematics: ArmKinematics, q: NDArray[np.float64], ahead: NDArray[np.float64]) -> tuple[float, float]:
-    """Angle, rad, between the push and the wrist camera's side of the hand, and the turn that makes up for it, or nearly so where
-    the last joint ends, the shorter way round; no turn within `ARRIVED`. ``q`` is that of the last `ArmKinematics.place`."""
+    """Angle in [-pi, pi), rad, from the wrist camera's side of the hand to the push, counter-clockwise from above, and the turn
+    (rad, likewise) that makes up for it, or nearly so where the last joint ends: the shorter way round, no turn within `ARRIVED`.
+
+    ``ahead [2]`` is from the object to the zone, m; ``q [7]``, rad, is that of the last `ArmKinematics.place`.
+    """
     heading = kinematics.heading()
     off = float(np.arctan2(ahead[1], ahead[0]) - np.arctan2(heading[1], heading[0]) + np.pi) % (2 * np.pi) - np.pi
     if float(np.linalg.norm(ahead)) < ARRIVED:
