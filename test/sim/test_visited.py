@@ -111,17 +111,18 @@ def test_only_a_misled_expert_plays_on_places_that_are_wrong(
 @pytest.mark.parametrize('misled', [0.0, 1.0])
 def test_a_misled_expert_answers_rightly(misled: float) -> None:
     """Over a pushed cube another attempt comes down where it is needed, and only there: the hand turns meanwhile."""
-    kinematics, looked = ArmKinematics(), 0
-    for example in visited_examples(ROBOT, Turning(0.0), seed=5, count=240, sampling=Sampling(mix={'push': 1.0}, misled=misled)):
+    kinematics, needed = ArmKinematics(), []
+    for example in visited_examples(ROBOT, Turning(0.0), seed=5, count=480, sampling=Sampling(mix={'push': 1.0}, misled=misled)):
         sentence, points = example.observation.instruction, example.labels.points
         scene = sample_scene(example.scene_id // _PER_ROLLOUT * _PER_ROLLOUT, replace(TRAINING.scene, zone=True))
         start, end = (kinematics.place(q[:7])[0][2] for q in (example.observation.state, example.actions[-1]))
         for slot, spec in enumerate(scene.objects):
             away, gone = (np.linalg.norm(points[slot, :2] - place) for place in (points[3, :2], [spec.x, spec.y]))
             if spec.name in sentence and ('zone' in sentence or 'circle' in sentence) and start > 0.12 and gone > 0.05 > away:
-                looked += 1
-                assert (end < start - 0.035) == (away > ARRIVED), (away, start, end)
-    assert looked > 0
+                needed.append(bool(away > ARRIVED))
+                assert (end < start - 0.035) == needed[-1], (away, start, end)
+    # An expert that is never wrong hardly leaves a cube where another attempt is needed.
+    assert len(needed) > 3 and set(needed) >= ({True, False} if misled else {False}), needed
 
 
 def test_what_cannot_be_played_is_refused() -> None:
