@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bag_writing import text
-from episode_recordings import BEGIN, FPS, IMAGE, ROBOT_TEXT, TEXT, entries, number_of, raw_image, record, target
+from episode_recordings import BEGIN, FPS, IMAGE, ROBOT_TEXT, TEXT, entries, number_of, position, raw_image, record, target
 
 from vla_policy_ros.bags.reading import BagError
 from vla_policy_ros.episodes.bag_episode import BagEpisode
@@ -234,6 +234,37 @@ def test_answers_of_a_live_node_are_asked_for_again(episode: BagEpisode) -> None
     assert foreign(live, 'w', 's') == 0 and foreign(live, 'w', 't') == len(live)
     with pytest.raises(BagError, match='no topic of type vla_policy_msgs/msg/ActionChunk'):
         recorded_chunks(episode.path)
+
+
+def test_an_observation_is_found_although_its_messages_were_recorded_in_another_order(episode: BagEpisode) -> None:
+    period = round(1e9 / FPS)
+    asked: list[Observation] = []
+
+    def infer(observation: Observation, known: KnownActions | None = None) -> ActionChunk:
+        asked.append(observation)
+        return perfect(observation, known)
+
+    # The state of the moment before the picture: the recorder had heard a newer one before the picture came.
+    live = [
+        LiveChunk({**c.input_stamps, 'state': c.input_stamps['state'] - period}, c.chunk.instruction, c.chunk.actions, 'w', 's')
+        for c in replayed(episode, perfect).chunks[1:]
+    ]
+    made = reproduce(episode, infer, live)
+    assert made.recorded == made.matched == len(live) > 5 and made.largest == 0.0
+    for observation, chunk in zip(asked, live, strict=True):
+        assert observation.state_stamp_ns == chunk.input_stamps['state'] == observation.stamp_ns - period
+        step = round((observation.stamp_ns / 1e9 - BEGIN) * FPS)
+        np.testing.assert_allclose(observation.state, position(step - 1))
+        assert number_of(observation.cameras['top'].rgb) == step % 32 and observation.cameras['top'].K is not None
+
+
+def test_an_observation_is_not_put_together_from_what_the_node_did_not_see(episode: BagEpisode) -> None:
+    live = [LiveChunk(c.input_stamps, c.chunk.instruction, c.chunk.actions, 'w', 's') for c in replayed(episode, perfect).chunks]
+    told_otherwise = [replace(one, instruction='something else') for one in live]
+    of_two_cameras = [replace(one, input_stamps={**one.input_stamps, 'camera:wrist': 7}) for one in live]
+    blind = [replace(one, input_stamps={'state': one.input_stamps['state']}) for one in live]
+    for chunks in (told_otherwise, of_two_cameras, blind):
+        assert reproduce(episode, perfect, chunks).matched == 0
 
 
 class TestPictures:

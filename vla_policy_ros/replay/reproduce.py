@@ -1,17 +1,20 @@
 """What a live node answered, asked again: the same observations from the bag through the same code, answer by answer.
 
-A node publishes with each chunk the stamps of the messages that it had looked at. The bag is played until exactly those messages
-are the newest ones, the policy is asked, and its answer is laid beside the recorded one. With the node's checkpoint and seed they
-agree to the last digits; where they do not, deployment and evaluation have drifted apart, or the bag does not hold what the node
-saw.
+A node publishes with each chunk the stamps of the messages that it had looked at. Exactly those messages are taken from the bag,
+the policy is asked, and its answer is laid beside the recorded one. With the node's checkpoint and seed they agree to the last
+digits; where they do not, deployment and evaluation have drifted apart, or the bag does not hold what the node saw.
+
+Messages are found by stamp and not by order: DDS keeps the order of one topic, not that of two, so that a node may have looked at
+an image before the joint state that the recorder wrote down first.
 
 Enters: an episode, a policy, recorded chunks. Leaves: a `Reproduction`. Caller's thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,17 @@ from rosbags.typesys import get_types_from_msg
 
 from vla_policy_ros.bags.reading import Bag, BagError
 from vla_policy_ros.episodes.bag_episode import BagEpisode
-from vla_policy_ros.observation import ObservationAssembler
+from vla_policy_ros.observation import ObservationAssembler, Snapshot
 from vla_policy_ros.replay.annotate import CHUNK_TYPE
 from vla_policy_ros.resources import message_path
 from vla_policy_ros.runtime import Infer
 from vla_policy_ros.types import NS_PER_S
 
-Key = tuple[tuple[str, int], ...]
+# How far apart in time a recorder may have written down what a node saw at one moment; memory bounds it.
+DISORDER_NS = 2 * NS_PER_S
+
+Part = tuple[str, int]
+Key = tuple[Part, ...]
 
 
 @dataclass(frozen=True)
@@ -92,27 +99,59 @@ def recorded_chunks(path: Path) -> list[LiveChunk]:
 
 def reproduce(episode: BagEpisode, infer: Infer, chunks: Sequence[LiveChunk]) -> Reproduction:
     """Ask again what was asked for ``chunks``. ``infer`` must have the seed of the node."""
-    pending = {chunk.key: chunk for chunk in chunks}
-    differences: list[float] = []
+    differences = []
+    for chunk, snapshot in _seen(episode, chunks):
+        answer = infer(snapshot.decode(), None)
+        same_shape = answer.actions.shape == chunk.actions.shape
+        differences.append(float(np.abs(answer.actions - chunk.actions).max()) if same_shape else float('inf'))
+    return Reproduction(len(chunks), len(differences), max(differences, default=None), tuple(differences))
+
+
+def _seen(episode: BagEpisode, chunks: Sequence[LiveChunk]) -> Iterator[tuple[LiveChunk, Snapshot]]:
+    """Every chunk of which the bag has all that was looked at, with that; as soon as the last message of it was played."""
     assembler = ObservationAssembler(episode.recorded_robot)
+    waiting = {chunk.key: chunk for chunk in chunks}
+    naming: dict[Part, set[Key]] = defaultdict(set)
+    for key in waiting:
+        for part in key:
+            naming[part].add(key)
+    held: dict[Part, tuple[int, Any]] = {}
+    instructions: set[str] = set()
     with episode.open_bag() as bag:
         for fed in episode.replay(bag).feed(assembler):
-            if not pending:
+            if not waiting:
                 break
-            if assembler.problems(fed.now_ns) or (chunk := pending.get(_key(assembler))) is None:
-                continue
-            if assembler.instruction == chunk.instruction:
-                del pending[chunk.key]
-                answer = infer(assembler.snapshot().decode(), None)
-                same_shape = answer.actions.shape == chunk.actions.shape
-                differences.append(float(np.abs(answer.actions - chunk.actions).max()) if same_shape else float('inf'))
-    return Reproduction(len(chunks), len(differences), max(differences, default=None), tuple(differences))
+            newest = assembler.snapshot()
+            instructions.add(newest.instruction)
+            found = {part: (fed.now_ns, value) for part, value in _parts(newest).items() if part in naming}
+            held = {part: kept for part, kept in (found | held).items() if fed.now_ns - kept[0] <= DISORDER_NS}
+            for key in {key for part in held for key in naming[part] & waiting.keys() if held.keys() >= set(key)}:
+                whole = _snapshot(newest, {part: held[part][1] for part in key}, waiting[key].instruction)
+                if whole is not None and whole.instruction in instructions:
+                    yield waiting.pop(key), whole
+
+
+def _parts(snapshot: Snapshot) -> dict[Part, Any]:
+    """The messages of ``snapshot`` that have a stamp, and its state, by input and stamp."""
+    images = {(f'camera:{name}', stamp): message for name, (message, stamp, _) in snapshot.images.items()}
+    return {**images, ('state', snapshot.state_stamp_ns): snapshot.state}
+
+
+def _snapshot(newest: Snapshot, parts: Mapping[Part, Any], instruction: str) -> Snapshot | None:
+    """``newest`` with the images and the state of ``parts``; None where they are of other inputs, or a K is not known so far."""
+    stamps = dict(parts.keys())
+    if set(stamps) != set(newest.input_stamps):
+        return None
+    images = {}
+    for name, (_, _, info) in newest.images.items():
+        if info is None and newest.robot.cameras[name].camera_info:
+            return None
+        stamp = stamps[f'camera:{name}']
+        images[name] = (parts[f'camera:{name}', stamp], stamp, info)
+    state = parts['state', stamps['state']]
+    return replace(newest, images=images, state=state, state_stamp_ns=stamps['state'], instruction=instruction)
 
 
 def foreign(chunks: Iterable[LiveChunk], checkpoint_hash: str, stats_hash: str) -> int:
     """How many of ``chunks`` are of another checkpoint."""
     return sum((chunk.checkpoint_hash, chunk.stats_hash) != (checkpoint_hash, stats_hash) for chunk in chunks)
-
-
-def _key(assembler: ObservationAssembler) -> Key:
-    return tuple(sorted(assembler.snapshot().input_stamps.items()))
