@@ -21,6 +21,7 @@ from vla_policy_ros.training.scenes import Draw
 from vla_policy_ros.training.trainer import Trainer
 
 EXPERT_ALONE = {'freeze': dict.fromkeys(['vision', 'geometry', 'connectors', 'language', 'embeddings'], True)}
+MUON = {'optimisation': {'steps': 1, 'optimizer': 'muon'}}
 LORA = {'lora': {'rank': 4}, 'freeze': {'vision': True, 'geometry': True, 'embeddings': True}}
 
 
@@ -82,10 +83,10 @@ def test_checkpointing_keeps_less_and_is_estimated_so(tmp_path: Path) -> None:
     assert less < estimated_less < 0.5 * estimated_whole
 
 
-@pytest.mark.parametrize('sections', [{}, LORA, EXPERT_ALONE], ids=['all', 'lora', 'expert'])
+@pytest.mark.parametrize('sections', [{}, LORA, EXPERT_ALONE, MUON], ids=['all', 'lora', 'expert', 'muon'])
 def test_everything_else_is_what_a_trainer_has(tmp_path: Path, sections: dict[str, Any]) -> None:
     trainer = make_trainer(
-        tabletop_robot(), example_set(4), tmp_path, frozen_dtype='bfloat16', optimisation={'steps': 1}, **sections
+        tabletop_robot(), example_set(4), tmp_path, **{'frozen_dtype': 'bfloat16', 'optimisation': {'steps': 1}, **sections}
     )
     trainer.run()
     network = robot_config(tabletop_robot(), preset_sizes('tiny'), small_tokenizer())
@@ -95,7 +96,7 @@ def test_everything_else_is_what_a_trainer_has(tmp_path: Path, sections: dict[st
     sizes = {
         'weights': trainer.objective.parameters(),
         'average': trainer.average.values,
-        'optimizer': [state[kind] for state in trainer.optimizer.state.values() for kind in ('exp_avg', 'exp_avg_sq')],
+        'optimizer': [value for name, value in trainer._tensors().items() if name.startswith(('exp_avg', 'momentum'))],
         'gradients': [parameter.grad for parameter in trainer.objective.parameters() if parameter.grad is not None],
     }
     for name, tensors in sizes.items():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from squares import example_set, rows
-from two_processes import LARGE, SHARED, train
+from two_processes import LARGE, MUON, SHARED, train
 
 from vla_policy_ros.training.dataset import ExampleSet
 
@@ -50,6 +50,7 @@ def runs(data: ExampleSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(data, folder / 'one')
     train(data, folder / 'one_large', **LARGE)
     train(data, folder / 'one_shared', **SHARED)
+    train(data, folder / 'one_muon', **MUON)
     return folder
 
 
@@ -77,6 +78,18 @@ def test_two_processes_have_the_losses_of_one(runs: Path, kind: str) -> None:
 def test_layers_that_run_twice_in_a_step_are_sharded_too(runs: Path) -> None:
     np.testing.assert_allclose(losses(runs / 'shared')[:, :2], losses(runs / 'one_shared')[:, :2], atol=1e-5, rtol=0)
     np.testing.assert_allclose(losses(runs / 'shared')[:, 2], losses(runs / 'one_shared')[:, 2], rtol=1e-4)
+
+
+def test_two_processes_that_share_the_work_of_muon_move_as_one_does(runs: Path) -> None:
+    mine, theirs = state(runs / 'muon'), state(runs / 'one_muon')
+    momenta = [name for name in theirs if name.startswith('momentum_buffer/')]
+    assert mine.keys() == theirs.keys() and len(momenta) > 10
+    for name in momenta:
+        assert theirs[name].abs().max() > 0
+        torch.testing.assert_close(mine[name], theirs[name], atol=1e-4, rtol=1e-2, msg=name)
+    np.testing.assert_allclose(losses(runs / 'muon')[:, :2], losses(runs / 'one_muon')[:, :2], atol=1e-3, rtol=0)
+    continued = state(runs / 'muon_continued')
+    assert all(torch.equal(continued[name], tensor) for name, tensor in mine.items())
 
 
 def test_two_processes_have_the_gradients_of_one(runs: Path) -> None:

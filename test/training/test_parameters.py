@@ -11,8 +11,10 @@ from squares import config, example_set, make_trainer, tabletop_robot
 
 from vla_policy_ros.model.modeling import MapAnythingLlava3DForConditionalGeneration
 from vla_policy_ros.policy.checkpoint import new_model
+from vla_policy_ros.training.config import Optimisation
 from vla_policy_ros.training.dataset import ExampleSet
 from vla_policy_ros.training.objective import Objective, with_draws
+from vla_policy_ros.training.optimizer import RunOptimizer, muon_matrices
 from vla_policy_ros.training.parameters import choose_trainable, group_of, optimizer_groups, plain_weights, trained
 from vla_policy_ros.training.scenes import Draw, ExampleScenes
 
@@ -87,6 +89,35 @@ def test_groups_have_their_own_peak_rates_and_vectors_no_decay(tmp_path: Path) -
         members = [names[id(parameter)] for parameter in group['params']]
         assert {group_of(name) == 'vision' for name in members} == {group['peak'] == 1e-5}
         assert {parameters[name].dim() > 1 for name in members} == {group['weight_decay'] == 0.1}
+
+
+def test_muon_moves_the_matrices_inside_layers_and_no_other(tmp_path: Path) -> None:
+    options = config(tmp_path, optimisation={'optimizer': 'muon'}).optimisation
+    parameters = trained(objective(tmp_path, **LORA))
+    assert not any('lora' in name for name in muon_matrices(parameters, options))
+    parameters = trained(objective(tmp_path))
+    chosen = muon_matrices(parameters, options)
+    assert {group_of(name) for name in chosen} == {'vision', 'geometry', 'language', 'expert'}
+    for name in set(parameters) - set(chosen):
+        inside = 'layers.' in name or 'blocks.' in name
+        assert parameters[name].dim() != 2 or not inside, name
+    assert not muon_matrices(parameters, config(tmp_path).optimisation)
+    optimizer = RunOptimizer(parameters, options)
+    assert sum(len(group['params']) for group in optimizer.groups) == len(parameters)
+
+
+def test_a_step_of_muon_turns_every_direction_of_a_gradient_alike() -> None:
+    """Newton-Schulz, whose singular values end between 0.7 and 1.2, times the size of an AdamW step (0.2 per element)."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(24, 16))
+    weight.grad = torch.linalg.qr(torch.randn(24, 16))[0] @ torch.diag(torch.logspace(0, -1.5, 16))
+    other = torch.nn.Parameter(torch.zeros(3))
+    other.grad = torch.ones(3)
+    options = Optimisation(optimizer='muon', learning_rate=1e-2, weight_decay=0.0)
+    RunOptimizer({'model.language_model.model.layers.0.mlp.up_proj.weight': weight, 'heads.grounding.bias': other}, options).step()
+    torch.testing.assert_close(other.detach(), torch.full((3,), -1e-2))
+    values = torch.linalg.svdvals(weight.detach()) / (1e-2 * 0.2 * 24**0.5)
+    assert values.min() > 0.6 and values.max() < 1.3
 
 
 def test_frozen_matrices_may_be_stored_in_half_the_memory(tmp_path: Path) -> None:

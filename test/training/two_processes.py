@@ -28,6 +28,9 @@ LARGE = {
 }
 """How a large network is fine-tuned."""
 
+MUON = {'optimisation': {**RECIPE['optimisation'], 'optimizer': 'muon'}}
+"""Each of the copies moves half of the matrices."""
+
 SHARED = {'network': {'expert_config': {'mode': 'shared', 'hidden_size': 64, 'time_conditioning': 'concat_mlp'}}}
 """Both streams run through the same layers, so that each gathers and gives gradients twice in a step."""
 
@@ -56,6 +59,9 @@ def train(data: ExampleSet, folder: Path, *, interrupt: bool = False, **sections
 def main() -> None:
     data, folder = ExampleSet.load(sys.argv[1]), Path(sys.argv[2])
     train(data, folder / 'copies')
+    train(data, folder / 'muon', **MUON)
+    train(data, folder / 'muon_continued', interrupt=True, **MUON)
+    assert train(data, folder / 'muon_continued', **MUON)
     train(data, folder / 'sharded', sharding='fsdp')
     train(data, folder / 'continued', interrupt=True, sharding='fsdp')
     assert train(data, folder / 'continued', sharding='fsdp')

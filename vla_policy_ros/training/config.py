@@ -70,18 +70,21 @@ Data = Annotated[TabletopData | ExampleFileData | RecordedData, Field(discrimina
 
 
 class Optimisation(Section):
-    """AdamW with a linear warm-up and a cosine, gradient clipping and a moving average of the weights."""
+    """An optimizer with a linear warm-up and a cosine, gradient clipping and a moving average of the weights."""
 
     steps: Steps = Field(3000, description='Optimiser steps of the whole run; the schedule stretches over them.')
     scenes_per_step: int = Field(8, gt=0, description='Scenes of one step, over all processes; a scene brings all its examples.')
     gradient_accumulation: int = Field(1, gt=0, description='Parts that each process works through one after the other in a step.')
     repeats: int = Field(4, gt=0, description='(noise, time) draws per encoded prefix.')
+    optimizer: Literal['adamw', 'muon'] = Field(
+        'adamw', description='`adamw`, or `muon` for the matrices inside layers and AdamW for the rest; both with the rates below.'
+    )
     learning_rate: Rate = Field(1e-3, description='Peak learning rate.')
     learning_rates: dict[Group, Rate] = Field({}, description='Peak learning rates of single groups of modules, where they differ.')
     warmup_steps: int = Field(100, ge=0, description='Steps of linear rise.')
     final_fraction: Fraction = Field(0.02, description='Last learning rate as a fraction of the peak, reached by a cosine.')
     weight_decay: float = Field(0.01, ge=0.0, description='Decoupled weight decay of matrices; vectors have none.')
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW's averages of gradient and squared gradient.")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="Of AdamW's averages of gradient and squared gradient.")
     clip_norm: Rate = Field(1.0, description='Largest norm of the gradient of a step.')
     ema: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.995, description='Decay of the moving average that is saved; 0 is none.')
 
@@ -190,6 +193,8 @@ class TrainingConfig(Section):
 
     @model_validator(mode='after')
     def _consistent(self) -> TrainingConfig:
+        if self.optimisation.optimizer == 'muon' and self.sharding == 'fsdp':
+            raise ValueError('optimisation.optimizer muon needs the matrices that sharding fsdp splits: use adamw, or none')
         if self.preset is None and self.start_from is None:
             raise ValueError('give preset (train from nothing) or start_from (a checkpoint)')
         if self.transfer_from is not None and (self.preset is None or self.start_from is not None):

@@ -30,6 +30,7 @@ from vla_policy_ros.model.deep_fusion import head_width
 from vla_policy_ros.model.modeling import MapAnythingLlava3DForConditionalGeneration
 from vla_policy_ros.training.config import Freeze, Lora, TrainingConfig
 from vla_policy_ros.training.objective import Objective
+from vla_policy_ros.training.optimizer import muon_matrices
 from vla_policy_ros.training.parallel import layers_in_turn
 from vla_policy_ros.training.parameters import choose_trainable, group_of
 
@@ -124,11 +125,13 @@ def memory(way: Way, devices: int, cameras: int, examples_per_scene: int, *, eag
     config, objective = way.config, way.objective
     sharded = config.sharding == 'fsdp' and devices > 1
     parts = devices if sharded else 1
-    trained = _bytes(parameter for parameter in objective.parameters() if parameter.requires_grad)
+    chosen = {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
+    trained = _bytes(chosen.values())
+    averages = 2 * trained - _bytes(muon_matrices(chosen, config.optimisation).values())  # Muon keeps one of a matrix, AdamW two
     return Memory(
         weights=_bytes(objective.parameters()) / parts,
         gradients=trained / parts,
-        optimizer=2 * trained / parts,
+        optimizer=averages / parts,
         average=trained / parts if config.optimisation.ema else 0.0,
         copies=_gathered(objective, config) if sharded else _cast(objective, config) + (trained if devices > 1 else 0.0),
         activations=activation_bytes(way, scenes_per_pass(config, devices), cameras, examples_per_scene, eager=eager),

@@ -30,8 +30,9 @@ from vla_policy_ros.training.baselines import unconditional_loss, zero_velocity_
 from vla_policy_ros.training.config import Optimisation, TrainingConfig
 from vla_policy_ros.training.ema import MovingAverage
 from vla_policy_ros.training.objective import Objective, with_draws
+from vla_policy_ros.training.optimizer import RunOptimizer
 from vla_policy_ros.training.parallel import Parallel
-from vla_policy_ros.training.parameters import choose_trainable, optimizer_groups, trained
+from vla_policy_ros.training.parameters import choose_trainable, trained
 from vla_policy_ros.training.progress import ProgressLog
 from vla_policy_ros.training.scenes import Collator, Draw, SceneDataset, StepPlan, derived_seed
 from vla_policy_ros.training.state import StateError, load_tensors, newest_state, save_state
@@ -103,9 +104,7 @@ class Trainer:
         self.parallel.wrap(self.objective)
         self.parameters = trained(self.objective)
         self.average = MovingAverage(list(self.parameters.values()), options.ema)
-        self.optimizer = torch.optim.AdamW(
-            optimizer_groups(self.parameters, options), lr=options.learning_rate, betas=options.betas, fused=True
-        )
+        self.optimizer = RunOptimizer(self.parameters, options, self.parallel.rank, self.parallel.world)
         self.step = 0
         data = scenes.trajectories()
         actions = processor.normalize_actions(data.actions, data.state).double().numpy()
@@ -199,6 +198,7 @@ class Trainer:
     def save_state(self) -> None:
         """Write everything that `resume` needs."""
         parallel = self.parallel
+        self.optimizer.gather()
         save_state(self.folder, self.step, self._tensors(), self.made_of, parallel.rank, parallel.world, parallel.wait)
 
     def resume(self) -> bool:
@@ -216,12 +216,7 @@ class Trainer:
                 f'{self.folder} has {state.step} steps behind it, optimisation.steps is {self.options.steps}: ask for more, '
                 'or use another run folder'
             )
-        for parameter in self.parameters.values():
-            self.optimizer.state[parameter] = {
-                'step': torch.zeros((), dtype=torch.float32, device=self.parallel.device),
-                'exp_avg': torch.zeros_like(parameter),
-                'exp_avg_sq': torch.zeros_like(parameter),
-            }
+        self.optimizer.start()
         load_tensors(state, self._tensors(), self.parallel.rank, self.parallel.world)
         self.step = state.step
         return True
@@ -233,7 +228,7 @@ class Trainer:
             tensors[f'weight/{name}'] = parameter
             if self.average.decay:
                 tensors[f'average/{name}'] = self.average.like(index, parameter)
-            for kind, value in self.optimizer.state[parameter].items():
+            for kind, value in self.optimizer.state_of(parameter).items():
                 tensors[f'{kind}/{name}'] = value
         return tensors
 
@@ -255,9 +250,9 @@ class Trainer:
     def _train_step(self, batches: Iterator[dict[str, Tensor]]) -> tuple[dict[str, Tensor], int]:
         """One optimiser step; its measurements, averaged over this process's examples, and their number."""
         options, parallel = self.options, self.parallel
-        for group in self.optimizer.param_groups:
+        for group in self.optimizer.groups:
             group['lr'] = learning_rate(self.step, group['peak'], options)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.objective.zero_grad(set_to_none=True)
         total = sum(self.scenes.examples_in(draw.scene) for draw in self.plan.step(self.step))
         window = _Window()
         for turn in range(options.gradient_accumulation):
