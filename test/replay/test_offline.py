@@ -11,8 +11,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bag_writing import text
-from episode_recordings import BEGIN, FPS, IMAGE, ROBOT_TEXT, TEXT, entries, number_of, position, raw_image, record, target
+from bag_writing import joint_state, text
+from episode_recordings import (
+    BEGIN,
+    FPS,
+    IMAGE,
+    INFO,
+    ROBOT_TEXT,
+    STATE_TOPIC,
+    TEXT,
+    entries,
+    number_of,
+    position,
+    raw_image,
+    record,
+    target,
+)
 
 from vla_policy_ros.bags.reading import BagError
 from vla_policy_ros.episodes.bag_episode import BagEpisode
@@ -265,6 +279,35 @@ def test_an_observation_is_not_put_together_from_what_the_node_did_not_see(episo
     blind = [replace(one, input_stamps={'state': one.input_stamps['state']}) for one in live]
     for chunks in (told_otherwise, of_two_cameras, blind):
         assert reproduce(episode, perfect, chunks).matched == 0
+
+
+def test_intrinsics_and_the_sentence_may_have_been_recorded_after_the_picture(episode: BagEpisode, tmp_path: Path) -> None:
+    live = [LiveChunk(c.input_stamps, c.chunk.instruction, c.chunk.actions, 'w', 's') for c in replayed(episode, perfect).chunks]
+    late = [(topic, {INFO: 0.03, TEXT: 0.1}.get(topic, 0.0) + at, message) for topic, at, message in entries(40)]
+    made = reproduce(BagEpisode(record(tmp_path / 'late', late), ROBOT), perfect, live)
+    assert made.recorded == made.matched == len(live) and made.largest == 0.0
+
+
+def test_what_comes_seconds_late_is_not_waited_for(episode: BagEpisode, tmp_path: Path) -> None:
+    live = [LiveChunk(c.input_stamps, c.chunk.instruction, c.chunk.actions, 'w', 's') for c in replayed(episode, perfect).chunks]
+    first = [entry for entry in entries(40) if entry[0] != STATE_TOPIC or entry[1] > 0.5]
+    much_later = [(topic, at + 3.0, message) for topic, at, message in entries(3) if topic == STATE_TOPIC]
+    made = reproduce(BagEpisode(record(tmp_path / 'late', [*first, *much_later]), ROBOT), perfect, live)
+    assert 0 < made.matched < made.recorded == len(live)
+
+
+def test_of_two_states_with_one_stamp_the_later_is_taken(tmp_path: Path) -> None:
+    played = [*entries(40), *((STATE_TOPIC, 0.002 + at, joint_state([9.0, 9.0], at=BEGIN + at)) for at in np.arange(40) / FPS)]
+    episode = BagEpisode(record(tmp_path / 'twice', played), ROBOT)
+    seen: list[Observation] = []
+
+    def note(observation: Observation, known: KnownActions | None = None) -> ActionChunk:
+        seen.append(observation)
+        return perfect(observation, known)
+
+    live = [LiveChunk(c.input_stamps, c.chunk.instruction, c.chunk.actions, 'w', 's') for c in replayed(episode, perfect).chunks]
+    assert reproduce(episode, note, live).matched == len(live) == len(seen)
+    assert all((observation.state == 9.0).all() for observation in seen)
 
 
 class TestPictures:

@@ -27,6 +27,13 @@ def test_single_values_and_whole_sections_can_be_changed(tmp_path: Path) -> None
     assert made.freeze.vision and made.preset == 'tabletop' and made.seed == 7
 
 
+def test_muon_and_shards_are_refused_together(tmp_path: Path) -> None:
+    file = written(tmp_path, optimisation={'optimizer': 'muon'})
+    assert load_training(file).optimisation.optimizer == 'muon'
+    with pytest.raises(SchemaError, match='set it to adamw, or sharding to none'):
+        load_training(file, ['sharding=fsdp'])
+
+
 @pytest.mark.parametrize(
     ('change', 'message'),
     [

@@ -93,17 +93,25 @@ def test_groups_have_their_own_peak_rates_and_vectors_no_decay(tmp_path: Path) -
 
 def test_muon_moves_the_matrices_inside_layers_and_no_other(tmp_path: Path) -> None:
     options = config(tmp_path, optimisation={'optimizer': 'muon'}).optimisation
-    parameters = trained(objective(tmp_path, **LORA))
-    assert not any('lora' in name for name in muon_matrices(parameters, options))
-    parameters = trained(objective(tmp_path))
+    parameters = trained(objective(tmp_path, network={'expert_config': {'time_conditioning': 'adarms'}}))
     chosen = muon_matrices(parameters, options)
     assert {group_of(name) for name in chosen} == {'vision', 'geometry', 'language', 'expert'}
-    for name in set(parameters) - set(chosen):
-        inside = 'layers.' in name or 'blocks.' in name
-        assert parameters[name].dim() != 2 or not inside, name
-    assert not muon_matrices(parameters, config(tmp_path).optimisation)
+    expert = 'model.language_model_with_expert.'
+    assert f'{expert}expert_model.layers.0.self_attn.q_proj.weight' in chosen
+    assert 'model.language_model.model.layers.0.mlp.down_proj.weight' in chosen
+    rest = {name for name, parameter in parameters.items() if parameter.dim() == 2 and name not in chosen}
+    assert f'{expert}expert_modulation.layers.0.weight' in rest, 'it reads the time, and begins at zero'
+    assert {'model.language_model.model.embed_tokens.weight', 'model.action_expert.action_out_proj.weight'} <= rest
     optimizer = RunOptimizer(parameters, options)
     assert sum(len(group['params']) for group in optimizer.groups) == len(parameters)
+    assert not muon_matrices(parameters, config(tmp_path).optimisation)
+
+
+def test_muon_leaves_adapters_alone(tmp_path: Path) -> None:
+    options = config(tmp_path, optimisation={'optimizer': 'muon'}).optimisation
+    parameters = trained(objective(tmp_path, **LORA))
+    chosen = muon_matrices(parameters, options)
+    assert chosen and any('.lora_A.' in name for name in parameters) and not any('.lora_' in name for name in chosen)
 
 
 def test_a_step_of_muon_turns_every_direction_of_a_gradient_alike() -> None:

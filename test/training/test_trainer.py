@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,17 @@ def test_a_run_is_not_continued_with_another_recipe(
         make_trainer(robot, data, tmp_path, **sections).resume()
     longer = make_trainer(robot, data, tmp_path, optimisation={'steps': 9}, logging={'log_every': 1}, threads=2)
     assert longer.resume(), 'how long and how often may change'
+
+
+def test_a_run_from_before_there_was_a_choice_of_optimizer_continues(robot: Robot, data: ExampleSet, tmp_path: Path) -> None:
+    make_trainer(robot, data, tmp_path).run()
+    for file in (tmp_path / 'state').glob('*/state.json'):
+        note = json.loads(file.read_text())
+        assert note['run'].pop('optimisation.optimizer') == 'adamw'
+        file.write_text(json.dumps(note))
+    assert make_trainer(robot, data, tmp_path, optimisation={'steps': 7}).resume()
+    with pytest.raises(StateError, match=r"optimizer is 'muon'; the run in .* has 'adamw'"):
+        make_trainer(robot, data, tmp_path, optimisation={'steps': 7, 'optimizer': 'muon'}).resume()
 
 
 def test_a_run_is_not_continued_on_other_data(robot: Robot, data: ExampleSet, tmp_path: Path) -> None:

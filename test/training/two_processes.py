@@ -62,6 +62,7 @@ def main() -> None:
     train(data, folder / 'muon', **MUON)
     train(data, folder / 'muon_continued', interrupt=True, **MUON)
     assert train(data, folder / 'muon_continued', **MUON)
+    train(data, folder / 'muon_moved', interrupt=True, **MUON)
     train(data, folder / 'sharded', sharding='fsdp')
     train(data, folder / 'continued', interrupt=True, sharding='fsdp')
     assert train(data, folder / 'continued', sharding='fsdp')

@@ -155,7 +155,7 @@ class ObservationAssembler:
         return problems or list(self._skew_problem().values())
 
     def snapshot(self) -> Snapshot:
-        """The newest messages. Call it only when ``problems`` is empty."""
+        """The newest messages; what is missing is None. It can be decoded where ``problems`` is empty."""
         images = {}
         for name, slot in self._cameras.items():
             info = self._infos.get(name)

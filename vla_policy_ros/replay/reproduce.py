@@ -30,7 +30,7 @@ from vla_policy_ros.resources import message_path
 from vla_policy_ros.runtime import Infer
 from vla_policy_ros.types import NS_PER_S
 
-# How far apart in time a recorder may have written down what a node saw at one moment; memory bounds it.
+# How long what a node may still have looked at is kept, once a newer message of the same input was played; memory bounds it.
 DISORDER_NS = 2 * NS_PER_S
 
 Part = tuple[str, int]
@@ -124,17 +124,19 @@ def _seen(episode: BagEpisode, chunks: Sequence[LiveChunk]) -> Iterator[tuple[Li
             newest = assembler.snapshot()
             instructions.add(newest.instruction)
             found = {part: (fed.now_ns, value) for part, value in _parts(newest).items() if part in naming}
-            held = {part: kept for part, kept in (found | held).items() if fed.now_ns - kept[0] <= DISORDER_NS}
-            for key in {key for part in held for key in naming[part] & waiting.keys() if held.keys() >= set(key)}:
+            held = {part: kept for part, kept in (held | found).items() if fed.now_ns - kept[0] <= DISORDER_NS}
+            complete = {key for part in held for key in naming[part] if key in waiting and held.keys() >= set(key)}
+            for key in sorted(complete, key=lambda key: max(stamp for _, stamp in key)):
                 whole = _snapshot(newest, {part: held[part][1] for part in key}, waiting[key].instruction)
                 if whole is not None and whole.instruction in instructions:
                     yield waiting.pop(key), whole
 
 
 def _parts(snapshot: Snapshot) -> dict[Part, Any]:
-    """The messages of ``snapshot`` that have a stamp, and its state, by input and stamp."""
-    images = {(f'camera:{name}', stamp): message for name, (message, stamp, _) in snapshot.images.items()}
-    return {**images, ('state', snapshot.state_stamp_ns): snapshot.state}
+    """The images and the state of ``snapshot``, as far as there are any, by input and stamp."""
+    parts = {(f'camera:{name}', stamp): message for name, (message, stamp, _) in snapshot.images.items()}
+    parts['state', snapshot.state_stamp_ns] = snapshot.state
+    return {part: value for part, value in parts.items() if value is not None}
 
 
 def _snapshot(newest: Snapshot, parts: Mapping[Part, Any], instruction: str) -> Snapshot | None:

@@ -4,5 +4,5 @@ Enters: a training file (`config`), which names robot, network and data. Leaves:
 folder with the statistics of the data it was trained on. Runs in the process of the command, or in those that `torchrun` starts.
 
     command ─ sources ─ scenes ─────┐
-        └──── model ─── parameters ─┴ trainer ─ objective, parallel, ema, state, progress ─ export
+        └──── model ─── parameters ─┴ trainer ─ objective, optimizer, parallel, ema, state, progress ─ export
 """

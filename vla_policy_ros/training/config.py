@@ -84,7 +84,9 @@ class Optimisation(Section):
     warmup_steps: int = Field(100, ge=0, description='Steps of linear rise.')
     final_fraction: Fraction = Field(0.02, description='Last learning rate as a fraction of the peak, reached by a cosine.')
     weight_decay: float = Field(0.01, ge=0.0, description='Decoupled weight decay of matrices; vectors have none.')
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="Of AdamW's averages of gradient and squared gradient.")
+    betas: tuple[Fraction, Fraction] = Field(
+        (0.9, 0.95), description="Of AdamW's averages of gradient and squared gradient. Muon has the momentum 0.95."
+    )
     clip_norm: Rate = Field(1.0, description='Largest norm of the gradient of a step.')
     ema: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.995, description='Decay of the moving average that is saved; 0 is none.')
 
@@ -194,7 +196,7 @@ class TrainingConfig(Section):
     @model_validator(mode='after')
     def _consistent(self) -> TrainingConfig:
         if self.optimisation.optimizer == 'muon' and self.sharding == 'fsdp':
-            raise ValueError('optimisation.optimizer muon needs the matrices that sharding fsdp splits: use adamw, or none')
+            raise ValueError('optimisation.optimizer muon needs the matrices whole: set it to adamw, or sharding to none')
         if self.preset is None and self.start_from is None:
             raise ValueError('give preset (train from nothing) or start_from (a checkpoint)')
         if self.transfer_from is not None and (self.preset is None or self.start_from is not None):

@@ -1,6 +1,6 @@
 """How much memory a training takes per device: counted where it can be counted, estimated where it cannot.
 
-Counted, from the real modules on the meta device: weights, gradients, the optimiser's two averages, the moving average, and the
+Counted, from the real modules on the meta device: weights, gradients, the optimiser's averages, the moving average, and the
 copies that a pass works with. Estimated: activations, as the sum over layers of what autograd keeps per token (`layer_bytes`), in
 bfloat16
 

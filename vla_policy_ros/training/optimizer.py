@@ -10,6 +10,7 @@ Enters: trained parameters by name, their gradients. Leaves: the parameters, mov
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from vla_policy_ros.training.config import Optimisation
 from vla_policy_ros.training.parameters import optimizer_groups
+
+_INSIDE_A_LAYER = re.compile(r'(layers|blocks)\.\d+\.\w+\.')
 
 
 class RunOptimizer:
@@ -35,56 +38,48 @@ class RunOptimizer:
         self._rank, self._world = rank, world
         # The costs of neighbours are alike, so that everybody's share is.
         self._matrices = sorted(matrices.values(), key=lambda parameter: parameter.numel())
-        self._adamw = torch.optim.AdamW(optimizer_groups(rest, options), lr=options.learning_rate, betas=options.betas, fused=True)
-        self._muon: torch.optim.Muon | None = None
+        adamw = torch.optim.AdamW(optimizer_groups(rest, options), lr=options.learning_rate, betas=options.betas, fused=True)
+        self._optimizers: list[torch.optim.Optimizer] = [adamw]
+        for parameter in rest.values():
+            adamw.state[parameter] = {
+                'step': torch.zeros((), dtype=torch.float32, device=parameter.device),
+                'exp_avg': torch.zeros_like(parameter),
+                'exp_avg_sq': torch.zeros_like(parameter),
+            }
         if matrices:
-            groups = optimizer_groups(matrices, options)
-            self._muon = torch.optim.Muon(groups, lr=options.learning_rate, adjust_lr_fn='match_rms_adamw')
+            muon = torch.optim.Muon(optimizer_groups(matrices, options), lr=options.learning_rate, adjust_lr_fn='match_rms_adamw')
+            self._optimizers.append(muon)
+            for matrix in self._matrices:
+                muon.state[matrix] = {'momentum_buffer': torch.zeros_like(matrix)}
 
     @property
     def groups(self) -> list[dict[str, Any]]:
         """Groups of parameters with their ``peak`` and present ``lr``."""
-        return [*self._adamw.param_groups, *([] if self._muon is None else self._muon.param_groups)]
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
     def step(self) -> None:
         """Move all parameters by their gradients. Those of matrices that other processes move are gone afterwards."""
-        self._adamw.step()
-        if self._muon is None:
-            return
         for index, matrix in enumerate(self._matrices):
             if index % self._world != self._rank:
                 matrix.grad = None  # which leaves it and its momentum alone
-        self._muon.step()
-        self._share([matrix.data for matrix in self._matrices])
-
-    def start(self) -> None:
-        """Averages of 0 for every parameter, as they are before the first step."""
-        for group in self._adamw.param_groups:
-            for parameter in group['params']:
-                self._adamw.state[parameter] = {
-                    'step': torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    'exp_avg': torch.zeros_like(parameter),
-                    'exp_avg_sq': torch.zeros_like(parameter),
-                }
-        if self._muon is not None:
-            for matrix in self._matrices:
-                self._muon.state[matrix] = {'momentum_buffer': torch.zeros_like(matrix)}
+        for optimizer in self._optimizers:
+            optimizer.step()
+        self._share(list(self._matrices))
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """What is remembered of a parameter from step to step, by kind; of matrices only where `gather` was called before."""
-        return {**self._adamw.state.get(parameter, {}), **({} if self._muon is None else self._muon.state.get(parameter, {}))}
+        """What is remembered of a parameter from step to step, by kind; of matrices that others move, as of the last `gather`."""
+        return next(optimizer.state[parameter] for optimizer in self._optimizers if parameter in optimizer.state)
 
     def gather(self) -> None:
         """Let every process have the state of all parameters; all must call this."""
-        if self._muon is not None and self._world > 1:
-            for matrix in self._matrices:
-                self._muon.state[matrix].setdefault('momentum_buffer', torch.zeros_like(matrix))
-            self._share([self._muon.state[matrix]['momentum_buffer'] for matrix in self._matrices])
+        self._share([self.state_of(matrix)['momentum_buffer'] for matrix in self._matrices])
 
     @torch.no_grad()
     def _share(self, tensors: list[Tensor]) -> None:
         """Copy every tensor from the process whose it is to all others."""
-        for owner in range(self._world if self._world > 1 else 0):
+        if self._world == 1:
+            return
+        for owner in range(min(self._world, len(tensors))):
             owned = tensors[owner :: self._world]
             together = torch.cat([tensor.reshape(-1) for tensor in owned])
             torch.distributed.broadcast(together, owner)
@@ -93,12 +88,12 @@ class RunOptimizer:
 
 
 def muon_matrices(parameters: Mapping[str, nn.Parameter], options: Optimisation) -> dict[str, nn.Parameter]:
-    """Those of ``parameters`` that Muon moves: matrices between hidden values, so no embedding, no projection of inputs or outputs,
-    no adapter of low rank."""
+    """Those of ``parameters`` that Muon moves: the matrices of modules inside layers, between hidden values. So no embedding, no
+    projection of inputs, outputs or time, no adapter of low rank."""
     if options.optimizer != 'muon':
         return {}
     return {
         name: parameter
         for name, parameter in parameters.items()
-        if parameter.dim() == 2 and ('layers.' in name or 'blocks.' in name) and '.lora_' not in name
+        if parameter.dim() == 2 and _INSIDE_A_LAYER.search(name) and '.lora_' not in name
     }

@@ -102,7 +102,7 @@ def trained(objective: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def optimizer_groups(parameters: dict[str, nn.Parameter], options: Optimisation) -> list[dict[str, object]]:
-    """Parameter groups for AdamW: matrices with weight decay and vectors without, by learning rate (``peak``)."""
+    """Parameter groups for an optimizer: matrices with weight decay and vectors without, by learning rate (``peak``)."""
     members: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in parameters.items():
         peak = options.learning_rates.get(group_of(name), options.learning_rate)  # type: ignore[call-overload]

@@ -40,6 +40,9 @@ from vla_policy_ros.training.state import StateError, load_tensors, newest_state
 VALIDATION_SCENES = 8
 VALIDATION_EXAMPLES = 240
 
+ADDED_LATER: dict[str, Any] = {'optimisation.optimizer': 'adamw'}
+"""What runs were made with that were begun before a training file could say it."""
+
 
 def fit_statistics(scenes: SceneDataset, processor: MapAnythingLlava3DProcessor, mode: str = 'zscore') -> Statistics:
     """Normalisers of the state ``[S]`` and of the (possibly relative) actions per step and joint ``[T, A]``."""
@@ -216,7 +219,6 @@ class Trainer:
                 f'{self.folder} has {state.step} steps behind it, optimisation.steps is {self.options.steps}: ask for more, '
                 'or use another run folder'
             )
-        self.optimizer.start()
         load_tensors(state, self._tensors(), self.parallel.rank, self.parallel.world)
         self.step = state.step
         return True
@@ -330,6 +332,7 @@ def learning_rate(step: int, peak: float, options: Optimisation) -> float:
 
 
 def _check_same_run(saved: dict[str, Any], mine: dict[str, Any], folder: Path) -> None:
+    saved = {**ADDED_LATER, **saved}
     for place in [*mine, *(place for place in saved if place not in mine)]:
         if saved.get(place) != mine.get(place):
             raise StateError(
