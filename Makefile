@@ -43,9 +43,9 @@ bench: setup  ## measure what each stage costs on this machine
 	@$(RUN) python benchmarks/stages.py $(ARGS)
 
 # Hours: each part goes on where an interrupt left it. Two processes share the steps of all but the first.
-checkpoint: setup  ## train checkpoints/tabletop anew from nothing, into runs/tabletop_revisited/checkpoint
+checkpoint: setup  ## train checkpoints/tabletop anew from nothing, into runs/tabletop_visited/checkpoint
 	@$(RUN) export OMP_NUM_THREADS=1; vla-policy train tabletop_perception && \
-	$(call TRAIN,tabletop tabletop_push tabletop_visited tabletop_revisited)
+	$(call TRAIN,tabletop tabletop_visited)
 
 # The same for the other arm, from the towers of the same first part.
 gripper: setup  ## train the checkpoint of the arm with a gripper, into runs/tabletop_gripper_revisited/checkpoint
