@@ -64,6 +64,11 @@ def replayed(episode: BagEpisode, infer: Callable[..., ActionChunk], latency: fl
     return replay(episode, infer, ReplaySettings(replan_rate=5.0, latency=Latency((latency,), 'test'), **settings))
 
 
+def as_recorded(run: Run) -> list[LiveChunk]:
+    """The chunks of a replay as those that a live node published."""
+    return [LiveChunk(c.input_stamps, c.chunk.instruction, c.chunk.actions, 'w', 's') for c in run.chunks]
+
+
 @pytest.fixture
 def episode(tmp_path: Path) -> BagEpisode:
     return BagEpisode(record(tmp_path / 'bag', entries(40)), ROBOT)
@@ -124,7 +129,7 @@ def test_pictures_that_a_recorder_compressed_are_those_of_the_robot(tmp_path: Pa
 
     run = replay(episode, perfect, ReplaySettings(), note, look)
     assert len(run.chunks) > 5 and set(np.diff(seen[1:])) == {2} and pictures.seen == {'top': 20}
-    live = [LiveChunk(c.input_stamps, c.chunk.instruction, c.chunk.actions, 'w', 's') for c in run.chunks]
+    live = as_recorded(run)
     assert reproduce(episode, perfect, live).matched == len(live)
 
 
@@ -238,7 +243,7 @@ def test_paired_differences_are_those_of_common_observations(episode: BagEpisode
 
 def test_answers_of_a_live_node_are_asked_for_again(episode: BagEpisode) -> None:
     run = replayed(episode, perfect)
-    live = [LiveChunk(c.input_stamps, c.chunk.instruction, c.chunk.actions, 'w', 's') for c in run.chunks]
+    live = as_recorded(run)
     same = reproduce(episode, perfect, live)
     assert same.recorded == same.matched == len(run.chunks) and same.largest == 0.0
     other = reproduce(episode, policy(lambda step, _: [value + 0.2 for value in target(step)]), live)
@@ -260,8 +265,8 @@ def test_an_observation_is_found_although_its_messages_were_recorded_in_another_
 
     # The state of the moment before the picture: the recorder had heard a newer one before the picture came.
     live = [
-        LiveChunk({**c.input_stamps, 'state': c.input_stamps['state'] - period}, c.chunk.instruction, c.chunk.actions, 'w', 's')
-        for c in replayed(episode, perfect).chunks[1:]
+        replace(one, input_stamps={**one.input_stamps, 'state': one.input_stamps['state'] - period})
+        for one in as_recorded(replayed(episode, perfect))[1:]
     ]
     made = reproduce(episode, infer, live)
     assert made.recorded == made.matched == len(live) > 5 and made.largest == 0.0
@@ -273,7 +278,7 @@ def test_an_observation_is_found_although_its_messages_were_recorded_in_another_
 
 
 def test_an_observation_is_not_put_together_from_what_the_node_did_not_see(episode: BagEpisode) -> None:
-    live = [LiveChunk(c.input_stamps, c.chunk.instruction, c.chunk.actions, 'w', 's') for c in replayed(episode, perfect).chunks]
+    live = as_recorded(replayed(episode, perfect))
     told_otherwise = [replace(one, instruction='something else') for one in live]
     of_two_cameras = [replace(one, input_stamps={**one.input_stamps, 'camera:wrist': 7}) for one in live]
     blind = [replace(one, input_stamps={'state': one.input_stamps['state']}) for one in live]
@@ -282,14 +287,14 @@ def test_an_observation_is_not_put_together_from_what_the_node_did_not_see(episo
 
 
 def test_intrinsics_and_the_sentence_may_have_been_recorded_after_the_picture(episode: BagEpisode, tmp_path: Path) -> None:
-    live = [LiveChunk(c.input_stamps, c.chunk.instruction, c.chunk.actions, 'w', 's') for c in replayed(episode, perfect).chunks]
+    live = as_recorded(replayed(episode, perfect))
     late = [(topic, {INFO: 0.03, TEXT: 0.1}.get(topic, 0.0) + at, message) for topic, at, message in entries(40)]
     made = reproduce(BagEpisode(record(tmp_path / 'late', late), ROBOT), perfect, live)
     assert made.recorded == made.matched == len(live) and made.largest == 0.0
 
 
 def test_what_comes_seconds_late_is_not_waited_for(episode: BagEpisode, tmp_path: Path) -> None:
-    live = [LiveChunk(c.input_stamps, c.chunk.instruction, c.chunk.actions, 'w', 's') for c in replayed(episode, perfect).chunks]
+    live = as_recorded(replayed(episode, perfect))
     first = [entry for entry in entries(40) if entry[0] != STATE_TOPIC or entry[1] > 0.5]
     much_later = [(topic, at + 3.0, message) for topic, at, message in entries(3) if topic == STATE_TOPIC]
     made = reproduce(BagEpisode(record(tmp_path / 'late', [*first, *much_later]), ROBOT), perfect, live)
@@ -305,7 +310,7 @@ def test_of_two_states_with_one_stamp_the_later_is_taken(tmp_path: Path) -> None
         seen.append(observation)
         return perfect(observation, known)
 
-    live = [LiveChunk(c.input_stamps, c.chunk.instruction, c.chunk.actions, 'w', 's') for c in replayed(episode, perfect).chunks]
+    live = as_recorded(replayed(episode, perfect))
     assert reproduce(episode, note, live).matched == len(live) == len(seen)
     assert all((observation.state == 9.0).all() for observation in seen)
 

@@ -37,7 +37,7 @@ class InputHealth:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The newest message of every input, all within their limits, still undecoded.
+    """One message of every input, still undecoded: the newest ones, or those that a live node had looked at.
 
     Attributes:
         images: camera name to (image message, stamp in ns, CameraInfo message or None).
