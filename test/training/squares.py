@@ -11,6 +11,7 @@ import numpy as np
 
 from vla_policy_ros.policy.checkpoint import new_model, new_processor
 from vla_policy_ros.robot import Robot, load_robot
+from vla_policy_ros.sim.dataset import SceneLabels
 from vla_policy_ros.training.config import TrainingConfig
 from vla_policy_ros.training.dataset import ExampleSet
 from vla_policy_ros.training.scenes import ExampleScenes
@@ -30,6 +31,7 @@ class Sample:
     actions: np.ndarray
     target_pixels: dict[str, tuple[tuple[float, float], None]]
     scene_id: int
+    labels: SceneLabels
 
 
 def samples(scenes: int, seed: int = 0) -> list[Sample]:
@@ -42,12 +44,23 @@ def samples(scenes: int, seed: int = 0) -> list[Sample]:
             image[v - 6 : v + 7, u - 6 : u + 7] = (220, 30, 30) if word == 'red' else (30, 30, 220)
         views = {name: CameraView(image, K, 0) for name in ('scene', 'wrist')}
         state = rng.normal(size=7) * 0.1
+        labels = _labels([centres[word] for word in WORDS])
         for word in WORDS:
             u, v = centres[word]
             goal = np.array([u / 40 - 1, v / 30 - 1, 0, 0, 0, 0, 0.3])
             actions = state + (goal - state) * np.linspace(0.1, 1.0, 16)[:, None]
-            made.append(Sample(Observation(0, views, state, 0, f'go to the {word} one'), actions, {'scene': ((u, v), None)}, scene))
+            observation = Observation(0, views, state, 0, f'go to the {word} one')
+            made.append(Sample(observation, actions, {'scene': ((u, v), None)}, scene, labels))
     return made
+
+
+def _labels(centres: list[tuple[int, int]]) -> SceneLabels:
+    """Both cameras see every square, on a plane one metre away."""
+    pixels = np.array(centres, dtype=np.float64)
+    points = np.concatenate([(pixels - K[:2, 2]) / K[0, 0], np.ones((len(centres), 1))], axis=1)
+    kinds = np.stack([np.arange(len(centres)), np.zeros(len(centres), dtype=np.int64)], axis=1)
+    depth = {name: np.ones((48, 64), dtype=np.float32) for name in ('scene', 'wrist')}
+    return SceneLabels(kinds, {'scene': pixels, 'wrist': pixels}, points, depth, ('scene',))
 
 
 def tabletop_robot() -> Robot:

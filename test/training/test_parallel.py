@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from squares import example_set, rows
-from two_processes import LARGE, MUON, SHARED, train
+from two_processes import LARGE, MUON, SHARED, TOWERS, train
 
 from vla_policy_ros.training.dataset import ExampleSet
 
@@ -51,6 +51,7 @@ def runs(data: ExampleSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(data, folder / 'one_large', **LARGE)
     train(data, folder / 'one_shared', **SHARED)
     train(data, folder / 'one_muon', **MUON)
+    train(data, folder / 'one_towers', **TOWERS)
     return folder
 
 
@@ -97,6 +98,15 @@ def test_an_interrupted_run_of_two_processes_with_muon_continues_bit_for_bit_and
     assert all(torch.equal(continued[name], tensor) for name, tensor in whole.items())
     assert train(data, runs / 'muon_moved', **MUON), 'its state was written by two processes'
     np.testing.assert_allclose(losses(runs / 'muon_moved')[:, :2], losses(runs / 'one_muon')[:, :2], atol=1e-3, rtol=0)
+
+
+def test_two_processes_learn_to_see_as_one_does_where_nothing_acts(runs: Path) -> None:
+    mine, theirs = ([row['perception'] for row in rows(runs / name, 'train')] for name in ('towers', 'one_towers'))
+    assert len(theirs) == 6 and theirs[-1] < 0.8 * theirs[0]
+    np.testing.assert_allclose(mine, theirs, rtol=1e-3)
+    one, both = state(runs / 'one_towers'), state(runs / 'towers')
+    still = [name for name in one if name.startswith('momentum_buffer/') and 'language_model' in name]
+    assert still and not any(float(both[name].abs().max()) for name in still)
 
 
 def test_two_processes_have_the_gradients_of_one(runs: Path) -> None:

@@ -31,6 +31,9 @@ LARGE = {
 MUON = {'optimisation': {**RECIPE['optimisation'], 'optimizer': 'muon'}}
 """Each of the copies moves half of the matrices."""
 
+TOWERS = {**MUON, 'losses': {'flow': 0.0, 'grounding': 0.0, 'perception': 1.0}}
+"""Nothing acts: the language model and the expert have no gradients."""
+
 SHARED = {'network': {'expert_config': {'mode': 'shared', 'hidden_size': 64, 'time_conditioning': 'concat_mlp'}}}
 """Both streams run through the same layers, so that each gathers and gives gradients twice in a step."""
 
@@ -63,6 +66,7 @@ def main() -> None:
     train(data, folder / 'muon_continued', interrupt=True, **MUON)
     assert train(data, folder / 'muon_continued', **MUON)
     train(data, folder / 'muon_moved', interrupt=True, **MUON)
+    train(data, folder / 'towers', **TOWERS)
     train(data, folder / 'sharded', sharding='fsdp')
     train(data, folder / 'continued', interrupt=True, sharding='fsdp')
     assert train(data, folder / 'continued', sharding='fsdp')

@@ -63,8 +63,9 @@ class Parallel:
         elif self._sharded:
             self._wrapped = self._shard(objective)
         else:
-            # With insulation, which prefix weights have gradients depends on the auxiliary losses.
-            unused = objective.model.config.expert_config.knowledge_insulation
+            # With insulation, which prefix weights have gradients depends on the auxiliary losses; where nothing acts, only the
+            # towers have any.
+            unused = objective.model.config.expert_config.knowledge_insulation or not objective.acts
             self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=unused)
             self._wrapped = self.accelerator.prepare_model(objective)
 
