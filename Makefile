@@ -42,15 +42,14 @@ lint: setup  ## ruff and mypy
 bench: setup  ## measure what each stage costs on this machine
 	@$(RUN) python benchmarks/stages.py $(ARGS)
 
-# Hours: each part goes on where an interrupt left it. Two processes share the steps of all but the first.
+# Two hours: each part goes on where an interrupt left it.
 checkpoint: setup  ## train checkpoints/tabletop anew from nothing, into runs/tabletop_visited/checkpoint
-	@$(RUN) export OMP_NUM_THREADS=1; vla-policy train tabletop_perception && \
-	$(call TRAIN,tabletop tabletop_visited)
+	@$(RUN) export OMP_NUM_THREADS=1; $(call TRAIN,tabletop_perception tabletop tabletop_visited)
 
 # The same for the other arm, from the towers of the same first part.
 gripper: setup  ## train the checkpoint of the arm with a gripper, into runs/tabletop_gripper_revisited/checkpoint
-	@$(RUN) export OMP_NUM_THREADS=1; vla-policy train tabletop_perception && \
-	$(call TRAIN,tabletop_gripper tabletop_gripper_fine tabletop_gripper_place tabletop_gripper_visited tabletop_gripper_revisited)
+	@$(RUN) export OMP_NUM_THREADS=1; \
+	$(call TRAIN,tabletop_perception tabletop_gripper tabletop_gripper_fine tabletop_gripper_place tabletop_gripper_visited tabletop_gripper_revisited)
 
 colcon: setup  ## build both packages as on a robot, into install/
 	@PYTHON="$(PYTHON)" .ci/setup.sh colcon
