@@ -183,7 +183,10 @@ class TestTraining:
         (tmp_path / 'first.yaml').write_text(CONFIG)
         first = ['--first', str(tmp_path / 'first.yaml'), '--first-steps', '1']
         assert self.ablate(tmp_path, '--variants', 'late_fusion', '--seeds', '3', *first, '--set', 'preset=null', steps=1) == 1
-        assert self.ablate(tmp_path, '--variants', 'late_fusion', '--seeds', '3', *first, steps=1) == 0
+        named = ['--table', 'parts', '--set', 'logging.log_every=1']
+        assert self.ablate(tmp_path, '--variants', 'late_fusion', '--seeds', '3', *first, *named, steps=1) == 0
+        text = table_text(json.loads((tmp_path / 'results' / 'parts.json').read_text()))
+        assert 'with `logging.log_every=1`' in text, 'a table says what its training file does not'
         cell = tmp_path / 'runs' / 'late_fusion' / 'seed_3'
         for checkpoint in (cell / 'first' / 'checkpoint', cell / 'checkpoint'):
             assert json.loads((checkpoint / 'config.json').read_text())['expert_config']['fusion_depth'] == 'late'

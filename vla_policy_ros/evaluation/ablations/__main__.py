@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from vla_policy_ros.evaluation.ablations import inference, training
@@ -48,6 +49,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     train.add_argument('--seeds', default='0,1,2', help='training seeds, joined by commas')
     train.add_argument('--variants', default=','.join(training.VARIANTS), help='joined by commas')
     train.add_argument('--tasks', default='reach', help='joined by commas')
+    train.add_argument('--table', default='training', help='name of the table, and of its file')
     train.add_argument('--runs', type=Path, default=Path('runs/ablations'), help='folder of all trainings')
     train.add_argument(
         '--set', action='append', default=[], metavar='KEY=VALUE', help='change of the training files, for all cells'
@@ -93,7 +95,7 @@ def _train(given: argparse.Namespace) -> Table:
     ablation = training.TrainingAblation(
         given.config, given.runs.absolute(), given.budget_steps, seeds, options, given.first, given.first_steps, tuple(given.set)
     )
-    return training.run(ablation, given.variants.split(','), given.jobs)
+    return replace(training.run(ablation, given.variants.split(','), given.jobs), name=given.table)
 
 
 def _options(given: argparse.Namespace, checkpoint: Path, tasks: tuple[str, ...], variations: tuple[str, ...]) -> EvaluationOptions:

@@ -257,8 +257,9 @@ def tabulate(ablation: TrainingAblation, names: Sequence[str]) -> Table:
         head += [f'{place}: success, %', 'median, cm']
     first = next(cell for name in names for seed in ablation.seeds if (cell := _finished(ablation, name, seed)))
     steps = f'{ablation.budget_steps} steps' + (f' after {ablation.first_steps} of `{ablation.first}`' if ablation.first else '')
+    changed = ' with ' + ', '.join(f'`{change}`' for change in ablation.changes) if ablation.changes else ''
     notes = [
-        f'each trained for {steps} of `{ablation.config}` and evaluated in {ablation.options.episodes} episodes; '
+        f'each trained for {steps} of `{ablation.config}`{changed} and evaluated in {ablation.options.episodes} episodes; '
         'mean over training seeds (smallest–largest)'
     ]
     return Table('training', tuple(head), 1, tuple(rows), tuple(numbers), {'seeds': first['seeds'], 'notes': notes})
