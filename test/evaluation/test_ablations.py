@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,15 +179,29 @@ class TestTraining:
         assert self.ablate(tmp_path, '--variants', 'deep_fusion', '--seeds', '0', steps=3) == 2
         assert 'was made with another budget_steps' in capsys.readouterr().err
 
+        assert self.ablate(tmp_path, '--variants', 'deep_fusion', '--seeds', '0', '--table', 'one_row') == 0
+        one_row = json.loads((tmp_path / 'results' / 'one_row.json').read_text())
+        assert one_row['name'] == 'one_row' and [row['variant'] for row in one_row['numbers']] == ['deep_fusion']
+
+    def test_a_table_says_what_was_changed_in_its_training_file(self, tmp_path: Path) -> None:
+        options = EvaluationOptions(checkpoint=tmp_path, robot_file=robot_path('tabletop'), episodes=7)
+        ablation = training.TrainingAblation('some_file', tmp_path, 5, (0,), options, changes=('optimisation.ema=0.5', 'freeze={}'))
+        cell = tmp_path / training.BASE / 'seed_0'
+        cell.mkdir(parents=True)
+        task = {'variation': 'nominal', 'success_rate': 1.0, 'median_error_m': 0.01}
+        seeds = {'purpose': 'test', 'seed': 0, 'first': 1, 'last': 7}
+        (cell / training.RESULT).write_text(json.dumps({'tasks': {'reach': task}, 'seeds': seeds, 'cell': {'seed': 0}}))
+        text = table_text(training.tabulate(ablation, [training.BASE]).document())
+        assert '5 steps of `some_file` with `optimisation.ema=0.5`, `freeze={}` and evaluated in 7 episodes' in text
+        plain = table_text(training.tabulate(replace(ablation, changes=()), [training.BASE]).document())
+        assert '5 steps of `some_file` and evaluated' in plain
+
     @pytest.mark.slow
     def test_a_second_part_starts_from_the_first_ones_checkpoint(self, tmp_path: Path) -> None:
         (tmp_path / 'first.yaml').write_text(CONFIG)
         first = ['--first', str(tmp_path / 'first.yaml'), '--first-steps', '1']
         assert self.ablate(tmp_path, '--variants', 'late_fusion', '--seeds', '3', *first, '--set', 'preset=null', steps=1) == 1
-        named = ['--table', 'parts', '--set', 'logging.log_every=1']
-        assert self.ablate(tmp_path, '--variants', 'late_fusion', '--seeds', '3', *first, *named, steps=1) == 0
-        text = table_text(json.loads((tmp_path / 'results' / 'parts.json').read_text()))
-        assert 'with `logging.log_every=1`' in text, 'a table says what its training file does not'
+        assert self.ablate(tmp_path, '--variants', 'late_fusion', '--seeds', '3', *first, steps=1) == 0
         cell = tmp_path / 'runs' / 'late_fusion' / 'seed_3'
         for checkpoint in (cell / 'first' / 'checkpoint', cell / 'checkpoint'):
             assert json.loads((checkpoint / 'config.json').read_text())['expert_config']['fusion_depth'] == 'late'
@@ -198,7 +213,13 @@ class TestTraining:
 
     @pytest.mark.parametrize(
         ('more', 'words'),
-        [(['--variants', 'bigger'], 'bigger'), (['--seeds', '1,1'], 'seeds are'), (['--first', 'x.yaml'], '--first-steps')],
+        [
+            (['--variants', 'bigger'], 'bigger'),
+            (['--seeds', '1,1'], 'seeds are'),
+            (['--first', 'x.yaml'], '--first-steps'),
+            (['--table', '../other'], 'small letters'),
+            (['--table', 'solver'], 'another table'),
+        ],
     )
     def test_what_cannot_be_trained_is_refused(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], words: str

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from vla_policy_ros.evaluation.ablations import inference, training
@@ -93,9 +92,10 @@ def _train(given: argparse.Namespace) -> Table:
     options = _options(given, given.runs, tuple(given.tasks.split(',')), tuple(given.variation.split(',')))
     seeds = tuple(int(seed) for seed in given.seeds.split(','))
     ablation = training.TrainingAblation(
-        given.config, given.runs.absolute(), given.budget_steps, seeds, options, given.first, given.first_steps, tuple(given.set)
-    )
-    return replace(training.run(ablation, given.variants.split(','), given.jobs), name=given.table)
+        given.config, given.runs.absolute(), given.budget_steps, seeds, options, given.first, given.first_steps, tuple(given.set),
+        given.table,
+    )  # fmt: skip
+    return training.run(ablation, given.variants.split(','), given.jobs)
 
 
 def _options(given: argparse.Namespace, checkpoint: Path, tasks: tuple[str, ...], variations: tuple[str, ...]) -> EvaluationOptions:

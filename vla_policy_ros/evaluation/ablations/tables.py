@@ -19,7 +19,8 @@ from vla_policy_ros.evaluation.report import SCHEMA as EVALUATION_SCHEMA
 from vla_policy_ros.evaluation.report import TABLE_HEAD, markdown, table_rows
 
 SCHEMA, VERSION = 'vla_policy_ros/ablation', 1
-_PLACE = re.compile(r'(<!-- table: ([a-z0-9_]+) -->\n).*?(<!-- end of table -->)', re.DOTALL)
+_NAME = '[a-z0-9_]+'
+_PLACE = re.compile(rf'(<!-- table: ({_NAME}) -->\n).*?(<!-- end of table -->)', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,12 @@ class Table:
         part.write_text(json.dumps(self.document(), indent=1, allow_nan=False) + '\n', encoding='utf-8')
         part.replace(path)
         return path
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError where no page could have a place for a table of this name."""
+    if re.fullmatch(_NAME, name) is None:
+        raise ValueError(f'a table cannot be named {name!r}: use small letters, digits and underscores')
 
 
 def table_text(document: Any) -> str:

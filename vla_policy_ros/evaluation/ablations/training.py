@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from vla_policy_ros.evaluation.ablations.inference import tell
-from vla_policy_ros.evaluation.ablations.tables import Table
+from vla_policy_ros.evaluation.ablations.inference import INFERENCE, tell
+from vla_policy_ros.evaluation.ablations.tables import Table, check_name
 from vla_policy_ros.evaluation.evaluate import EvaluationOptions, evaluate
 
 NICENESS = 10
@@ -81,6 +81,7 @@ class TrainingAblation:
         options: how every cell is evaluated; its checkpoint is replaced.
         first: training file of a first part, or None; ``first_steps`` are its steps.
         changes: ``key=value`` changes of both training files, for all cells.
+        table: name of the table.
     """
 
     config: str
@@ -91,8 +92,12 @@ class TrainingAblation:
     first: str | None = None
     first_steps: int = 0
     changes: tuple[str, ...] = ()
+    table: str = 'training'
 
     def __post_init__(self) -> None:
+        check_name(self.table)
+        if self.table in INFERENCE:
+            raise ValueError(f'{self.table!r} is the name of another table: choose one that is not among {", ".join(INFERENCE)}')
         if self.budget_steps < 1 or (self.first is not None and self.first_steps < 1):
             raise ValueError('a training needs steps: give --budget-steps, and --first-steps with --first')
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
@@ -262,7 +267,7 @@ def tabulate(ablation: TrainingAblation, names: Sequence[str]) -> Table:
         f'each trained for {steps} of `{ablation.config}`{changed} and evaluated in {ablation.options.episodes} episodes; '
         'mean over training seeds (smallest–largest)'
     ]
-    return Table('training', tuple(head), 1, tuple(rows), tuple(numbers), {'seeds': first['seeds'], 'notes': notes})
+    return Table(ablation.table, tuple(head), 1, tuple(rows), tuple(numbers), {'seeds': first['seeds'], 'notes': notes})
 
 
 def _finished(ablation: TrainingAblation, name: str, seed: int) -> dict[str, Any] | None:
