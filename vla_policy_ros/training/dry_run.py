@@ -5,12 +5,14 @@ Enters: a validated training configuration and the numbers of devices. Leaves: t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from vla_policy_ros.episodes.quality_report import REPORT_WIDTH
 from vla_policy_ros.model.configuration import MapAnythingLlava3DConfig
 from vla_policy_ros.model.presets import preset_sizes
 from vla_policy_ros.model.tokenizer import small_tokenizer
@@ -32,7 +34,7 @@ def dry_run(config: TrainingConfig, devices: Sequence[int], device_gb: float, co
     Raises:
         ValueError, OSError: the robot, the sizes or the recipe cannot work.
     """
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else REPORT_WIDTH)
     robot = load_robot(robot_path(config.robot))
     network, name = _network(config, robot)
     made = ways(config, network)
